@@ -1,0 +1,74 @@
+"""Frozen configuration: resolved once at start-up, never changed afterwards."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+PAGE_SIZE = 64
+"""Tokens in one KV page, unless a test asks for another size."""
+
+
+class RopeKind(enum.Enum):
+    """How rotary frequencies are derived; the names are those of Hugging Face's ``rope_type``."""
+
+    DEFAULT = "default"
+    LINEAR = "linear"
+    LLAMA3 = "llama3"
+    YARN = "yarn"
+
+
+@dataclass(frozen=True, slots=True)
+class RopeConfig:
+    """Rotary position embedding. Fields that a kind does not use stay at their defaults."""
+
+    kind: RopeKind = RopeKind.DEFAULT
+    theta: float = 10_000.0
+    factor: float = 1.0
+    original_max_position: int = 0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    attention_factor: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TidarConfig:
+    """The ``tidar`` section of a checkpoint's ``config.json``."""
+
+    block_length: int
+    mask_token_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """The shape of a decoder-only transformer; ``tidar`` is None for a plain autoregressive checkpoint."""
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    max_position: int
+    rms_norm_eps: float = 1e-6
+    rope: RopeConfig = field(default_factory=RopeConfig)
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    tie_word_embeddings: bool = False
+    tidar: TidarConfig | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    bos_token_id: int | None = None
+
+    @property
+    def kv_bytes_per_token_factor(self) -> int:
+        """Elements of K and V that one token keeps over all layers; times the element size gives bytes."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim

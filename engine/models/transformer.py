@@ -1,0 +1,111 @@
+"""The one model definition: a decoder-only transformer with configuration switches.
+
+Shape suffixes: R rows of a step (tokens, flattened over requests), H query heads, G key/value heads, D head size,
+E hidden size, V vocabulary. The model knows neither requests nor caches: attention is handed in.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from engine.config import ModelConfig
+from engine.models.rope import rope_tables
+from kernels.backend import REFERENCE, Kernels
+
+
+class Attention(Protocol):
+    """What a layer asks of its surroundings: mix the rows' values, and keep their keys and values if there is a cache."""
+
+    def __call__(self, layer: int, q_RHD: Tensor, k_RGD: Tensor, v_RGD: Tensor) -> Tensor:
+        """Return the attention output, [R, H, D]."""
+        ...
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm attention and SwiGLU. The q, k, v and the gate, up projections are merged into one matrix each."""
+
+    def __init__(self, config: ModelConfig, index: int, kernels: Kernels) -> None:
+        super().__init__()
+        c, self.index, self.kernels = config, index, kernels
+        self.num_heads, self.num_kv_heads, self.head_dim, self.eps = c.num_heads, c.num_kv_heads, c.head_dim, c.rms_norm_eps
+        self.num_rotated = c.num_heads + c.num_kv_heads
+        heads = c.num_heads + 2 * c.num_kv_heads
+        self.input_norm = nn.Parameter(torch.ones(c.hidden_size))
+        self.qkv = nn.Parameter(torch.empty(heads * c.head_dim, c.hidden_size))
+        self.qkv_bias = nn.Parameter(torch.zeros(heads * c.head_dim)) if c.qkv_bias else None
+        # Row 0 scales queries and row 1 keys; the index spreads them over heads, so that both are normalised together.
+        self.qk_norm = nn.Parameter(torch.ones(2, c.head_dim)) if c.qk_norm else None
+        self.head_kind: Tensor
+        head_kind = torch.tensor([0] * c.num_heads + [1] * c.num_kv_heads)
+        self.register_buffer("head_kind", head_kind, persistent=False)
+        self.output = nn.Parameter(torch.empty(c.hidden_size, c.num_heads * c.head_dim))
+        self.output_bias = nn.Parameter(torch.zeros(c.hidden_size)) if c.output_bias else None
+        self.post_attention_norm = nn.Parameter(torch.ones(c.hidden_size))
+        self.gate_up = nn.Parameter(torch.empty(2 * c.intermediate_size, c.hidden_size))
+        self.gate_up_bias = nn.Parameter(torch.zeros(2 * c.intermediate_size)) if c.mlp_bias else None
+        self.down = nn.Parameter(torch.empty(c.hidden_size, c.intermediate_size))
+        self.down_bias = nn.Parameter(torch.zeros(c.hidden_size)) if c.mlp_bias else None
+
+    def forward(
+        self, x_RE: Tensor, residual_RE: Tensor | None, cos_RD: Tensor, sin_RD: Tensor, attention: Attention
+    ) -> tuple[Tensor, Tensor]:
+        """Return ``(output, residual)``; the caller adds them (fused with its own norm)."""
+        ops = self.kernels
+        if residual_RE is None:
+            residual_RE = x_RE
+            x_RE = ops.rms_norm(x_RE, self.input_norm, self.eps)
+        else:
+            x_RE, residual_RE = ops.add_rms_norm(x_RE, residual_RE, self.input_norm, self.eps)
+        x_RE = self._attend(x_RE, cos_RD, sin_RD, attention)
+        x_RE, residual_RE = ops.add_rms_norm(x_RE, residual_RE, self.post_attention_norm, self.eps)
+        gate_up = F.linear(x_RE, self.gate_up, self.gate_up_bias)
+        return F.linear(ops.swiglu(gate_up), self.down, self.down_bias), residual_RE
+
+    def _attend(self, x_RE: Tensor, cos_RD: Tensor, sin_RD: Tensor, attention: Attention) -> Tensor:
+        rows = x_RE.shape[0]
+        qkv = F.linear(x_RE, self.qkv, self.qkv_bias).view(rows, -1, self.head_dim)
+        qk, v_RGD = qkv[:, : self.num_rotated], qkv[:, self.num_rotated :]
+        if self.qk_norm is not None:
+            qk = F.rms_norm(qk, (self.head_dim,), None, self.eps) * self.qk_norm[self.head_kind]
+        qk = self.kernels.rope(qk, cos_RD, sin_RD)
+        out_RHD = attention(self.index, qk[:, : self.num_heads], qk[:, self.num_heads :], v_RGD)
+        return F.linear(out_RHD.reshape(rows, -1), self.output, self.output_bias)
+
+
+class Transformer(nn.Module):
+    """Embedding, layers, final norm and head. ``forward`` gives hidden states; ``logits`` the head's output for chosen rows."""
+
+    def __init__(self, config: ModelConfig, kernels: Kernels = REFERENCE) -> None:
+        super().__init__()
+        self.config, self.kernels = config, kernels
+        self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+        self.layers = nn.ModuleList(DecoderLayer(config, i, kernels) for i in range(config.num_layers))
+        self.norm = nn.Parameter(torch.ones(config.hidden_size))
+        tied = config.tie_word_embeddings
+        self.lm_head = None if tied else nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+        self.cos: Tensor
+        self.sin: Tensor
+
+    def build_rope(self, num_positions: int) -> None:
+        """Make the rotary tables for positions ``0..num_positions-1``, in the weights' dtype and on their device."""
+        config = self.config
+        dtype = torch.promote_types(self.embedding.dtype, torch.float32)
+        self.cos, self.sin = rope_tables(config.rope, config.head_dim, num_positions, dtype, self.embedding.device)
+
+    def forward(self, token_ids_R: Tensor, positions_R: Tensor, attention: Attention) -> Tensor:
+        """Return the final hidden states [R, E] of rows with the given token ids and positions."""
+        x = F.embedding(token_ids_R, self.embedding)
+        cos, sin = self.cos[positions_R].to(x.dtype), self.sin[positions_R].to(x.dtype)
+        residual: Tensor | None = None
+        for layer in self.layers:
+            x, residual = layer(x, residual, cos, sin, attention)
+        assert residual is not None, "a transformer has at least one layer"
+        return self.kernels.add_rms_norm(x, residual, self.norm, self.config.rms_norm_eps)[0]
+
+    def logits(self, hidden_RE: Tensor) -> Tensor:
+        """Return next-token (clean rows) or same-position (mask rows) logits, [R, V], from the one head."""
+        return F.linear(hidden_RE, self.embedding if self.lm_head is None else self.lm_head)
