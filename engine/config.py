@@ -64,6 +64,7 @@ class ModelConfig:
     mlp_bias: bool = False
     qk_norm: bool = False
     tie_word_embeddings: bool = False
+    sliding_window: int | None = None
     tidar: TidarConfig | None = None
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
@@ -72,3 +73,51 @@ class ModelConfig:
     def kv_bytes_per_token_factor(self) -> int:
         """Elements of K and V that one token keeps over all layers; times the element size gives bytes."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim
+
+
+@dataclass(frozen=True, slots=True)
+class CacheConfig:
+    """The paged KV cache. ``num_pages`` None: sized from free memory on a GPU, from ``max_num_seqs`` on a CPU."""
+
+    page_size: int = PAGE_SIZE
+    num_pages: int | None = None
+    enable_prefix_caching: bool = True
+    gpu_memory_utilization: float = 0.9
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerConfig:
+    """Limits of one step and of the queue. ``async_depth`` 1 launches a step before the host has read the one before."""
+
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 1024
+    max_waiting_requests: int = 256
+    max_waiting_tokens: int = 1_000_000
+    async_depth: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeConfig:
+    """The configured draft plan. ``mode`` is an engine.sampling_params.DecodingMode value and what ``auto`` means.
+
+    ``block_length`` None: the checkpoint's own. ``num_branches`` None: all of them.
+    """
+
+    mode: str = "tidar"
+    block_length: int | None = None
+    num_branches: int | None = 1
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """Everything the engine process needs. ``model`` is a folder; ``max_model_len`` None: what the checkpoint allows."""
+
+    model: str
+    revision: str | None = None
+    dtype: str = "auto"
+    device: str = "auto"
+    max_model_len: int | None = None
+    num_threads: int | None = None
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    decode: DecodeConfig = field(default_factory=DecodeConfig)

@@ -30,9 +30,7 @@ class Muon(torch.optim.Optimizer):
     Torch's own version multiplies in bfloat16, which is slow on CPUs without bfloat16 units; this one stays in float32.
     """
 
-    def __init__(
-        self, params: Iterable[Tensor], lr: float = 0.02, momentum: float = 0.95, weight_decay: float = 0.0
-    ) -> None:
+    def __init__(self, params: Iterable[Tensor], lr: float = 0.02, momentum: float = 0.95, weight_decay: float = 0.0) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()

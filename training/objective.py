@@ -60,9 +60,7 @@ def block_starts(example: Example, block_length: int, rng: random.Random) -> lis
     return [first, *range(offset, len(example.token_ids), block_length)]
 
 
-def make_batch(
-    examples: Sequence[Example], starts: Sequence[Sequence[int]], block_length: int, mask_token_id: int
-) -> Batch:
+def make_batch(examples: Sequence[Example], starts: Sequence[Sequence[int]], block_length: int, mask_token_id: int) -> Batch:
     """Lay out examples and their mask blocks. Every block is whole, also past the end, where its targets are ignored."""
     num_clean = max(len(e.token_ids) for e in examples)
     num_blocks = max(len(s) for s in starts)

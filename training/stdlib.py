@@ -60,7 +60,9 @@ def held_out_examples(corpus: Corpus, conversations: Conversations, count: int) 
 def main() -> None:
     """Train and export the bundled model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, default=Path("runs/stdlib"), help="folder of the run's state (default: %(default)s)")
+    parser.add_argument(
+        "--run", type=Path, default=Path("runs/stdlib"), help="folder of the run's state (default: %(default)s)"
+    )
     parser.add_argument("--out", type=Path, help="where to export the checkpoint (default: RUN/checkpoint)")
     parser.add_argument("--minutes", type=float, default=60.0, help="training time (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=1_000_000, help="end after so many steps, for a repeatable run")

@@ -1,0 +1,54 @@
+"""The bridge from the server to the engine process. The server's side of it imports neither torch nor a model."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Protocol
+
+from engine.messages import EngineInfo, EngineStats, GenerateRequest, RequestOutput
+
+
+class QueueFullError(Exception):
+    """The bounded queue has no room; nothing was sent to the engine, so that a retry is safe."""
+
+
+class EngineDeadError(Exception):
+    """The engine process is gone or cannot start; the message is one clear line."""
+
+
+class Engine(Protocol):
+    """What the server needs of an engine. ``AsyncEngine`` is the real one; API tests use a fake."""
+
+    @property
+    def info(self) -> EngineInfo:
+        """The loaded model. Valid once ``start`` has returned."""
+        ...
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the engine can take and finish requests."""
+        ...
+
+    @property
+    def heartbeat_age(self) -> float:
+        """Seconds since the engine last stepped or ticked."""
+        ...
+
+    def stats(self) -> EngineStats:
+        """The newest snapshot that the engine sent."""
+        ...
+
+    def generate(self, request: GenerateRequest) -> AsyncIterator[RequestOutput]:
+        """Queue a request and iterate over its outputs; closing the iterator early aborts the request.
+
+        Raises QueueFullError at the call, before anything is sent, and EngineDeadError at the call or while iterating.
+        """
+        ...
+
+    async def start(self) -> None:
+        """Load the model and wait until it is ready. Raises EngineDeadError with what to do."""
+        ...
+
+    async def shutdown(self) -> None:
+        """End the engine. Idempotent."""
+        ...

@@ -1,0 +1,174 @@
+"""The plain messages between the server and the engine. They pickle, hold no tensors and no live objects."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+from engine.sampling_params import DecodingMode, SamplingParams
+
+
+class FinishReason(enum.Enum):
+    """Why the engine ended a request. A stop string is found by the server, which then aborts."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateRequest:
+    """One choice to generate. ``arrival`` is ``time.monotonic()`` at the server."""
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingParams
+    decoding: DecodingMode = DecodingMode.AUTO
+    cache_salt: str = ""
+    arrival: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class AbortRequest:
+    """Stop a request within one step. Unknown ids are ignored: the request may just have finished."""
+
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Shutdown:
+    """End the engine process at once; the server drains before it sends this."""
+
+
+@dataclass(frozen=True, slots=True)
+class SpeculationStats:
+    """What drafting did for one request. A step with ``n > 1`` drafts is one draft of ``n - 1`` draft tokens.
+
+    ``num_forwards`` counts the forwards that emitted tokens, the one that gave the first token included.
+    """
+
+    num_forwards: int = 0
+    num_spec_steps: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_draft_tokens: int = 0
+
+    def tokens_per_forward(self, completion_tokens: int) -> float | None:
+        """``(completion_tokens - 1) / forwards after the first token``; None before there was one."""
+        forwards = self.num_forwards - 1
+        return (completion_tokens - 1) / forwards if forwards > 0 else None
+
+
+@dataclass(frozen=True, slots=True)
+class RequestTimes:
+    """Seconds on the engine's monotonic clock; the differences are what metrics observe."""
+
+    arrival: float
+    scheduled: float
+    first_token: float
+    finished: float
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOutput:
+    """What one step gave one request. After ``finish_reason`` nothing follows.
+
+    ``stop_token_id`` is the EOS or stop id that ended the request; it is the last of ``token_ids``. ``error`` is a message
+    for the client, set with ``FinishReason.ERROR`` only. ``speculation`` and ``times`` come with the last output.
+    """
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None
+    error: str | None = None
+    num_cached_tokens: int = 0
+    speculation: SpeculationStats | None = None
+    times: RequestTimes | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """Gauges of the moment and counters since the engine started, read at scrape time."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    kv_cache_usage: float = 0.0
+    num_steps: int = 0
+    num_preemptions: int = 0
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    prefix_cache_queries: int = 0
+    prefix_cache_hits: int = 0
+    num_drafts: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
+    accepted_per_position: tuple[int, ...] = ()
+    prefill_rows: int = 0
+    draft_rows: int = 0
+    mask_rows: int = 0
+    branch_hits: int = 0
+    branch_misses: int = 0
+    forwards: int = 0
+    step_seconds: float = 0.0
+    host_seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutputs:
+    """Everything one engine step has to say."""
+
+    outputs: tuple[RequestOutput, ...]
+    stats: EngineStats
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingDefaults:
+    """Sampling of requests that do not say, from the checkpoint's ``generation_config.json``."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """What the server needs to know of the loaded model and its resolved configuration."""
+
+    architecture: str
+    num_parameters: int
+    vocab_size: int
+    max_model_len: int
+    eos_token_ids: tuple[int, ...]
+    block_length: int | None
+    mask_token_id: int | None
+    supported_modes: tuple[DecodingMode, ...]
+    default_mode: DecodingMode
+    num_pages: int
+    page_size: int
+    dtype: str
+    device: str
+    sampling_defaults: SamplingDefaults = SamplingDefaults()
+    settings: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineReady:
+    """The engine has loaded its model and takes requests."""
+
+    info: EngineInfo
+
+
+@dataclass(frozen=True, slots=True)
+class EngineFailed:
+    """The engine cannot start or go on; ``message`` is one clear line that says what to do."""
+
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """A start-up step for the terminal, such as ``loading weights``."""
+
+    message: str
