@@ -52,3 +52,7 @@ class Engine(Protocol):
     async def shutdown(self) -> None:
         """End the engine. Idempotent."""
         ...
+
+    async def wait_closed(self) -> str | None:
+        """Wait until the engine is gone: why, in one line that says what happened; None after an orderly shutdown."""
+        ...

@@ -1,0 +1,176 @@
+"""Builds the engine from its configuration: the one place where the parts meet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from engine.config import EngineConfig, ModelConfig
+from engine.core import EngineCore
+from engine.decode.policy import policies
+from engine.decode.tidar import TidarDecoder
+from engine.input_batch import InputBatch
+from engine.kv_cache import KVCache, page_bytes
+from engine.kv_cache_manager import KVCacheManager
+from engine.messages import EngineInfo, SamplingDefaults
+from engine.model_runner import ModelRunner
+from engine.models.hf_config import read_model_config, read_sampling_defaults
+from engine.models.loader import load_model, resolve_dtype, resolve_model
+from engine.models.transformer import Transformer
+from engine.page_pool import PagePool
+from engine.sampling_params import DecodingMode
+from engine.scheduler import Scheduler
+from kernels.backend import Kernels, select_kernels
+
+
+class ConfigError(Exception):
+    """The configuration cannot work; the message is one line that says what to change."""
+
+
+def build_engine_core(config: EngineConfig, progress: Callable[[str], None] = lambda message: None) -> EngineCore:
+    """Resolve the configuration, load the model and put the engine together.
+
+    Raises ConfigError or ModelLoadError.
+    """
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
+    device = _device(config.device)
+    folder = resolve_model(config.model, config.revision)
+    model_config = read_model_config(folder)
+    dtype = resolve_dtype(config.dtype, folder, device)
+    max_model_len = _max_model_len(config, model_config)
+    kernels = select_kernels(device)
+    progress(f"loading {model_config.architecture} from {folder} as {str(dtype).removeprefix('torch.')} on {device}")
+    model = load_model(folder, model_config, dtype, device, progress, kernels)
+    return assemble(config, model, max_model_len, read_sampling_defaults(folder), kernels, progress)
+
+
+def assemble(
+    config: EngineConfig,
+    model: Transformer,
+    max_model_len: int,
+    defaults: SamplingDefaults,
+    kernels: Kernels,
+    progress: Callable[[str], None] = lambda message: None,
+) -> EngineCore:
+    """Put an engine around a loaded model; tests start here."""
+    model_config, tidar = model.config, model.config.tidar
+    device, dtype = model.embedding.device, model.embedding.dtype
+    block_length = _block_length(config, model_config)
+    page_size, limits = config.cache.page_size, config.scheduler
+    _check(config, block_length)
+    # Masks of the last block stand beyond the last position that a token can take.
+    num_positions = max_model_len + 2 * (block_length or 1)
+    pages_per_sequence = -(-num_positions // page_size)
+    num_pages = _num_pages(config, model_config, max_model_len, dtype, device)
+    progress(f"allocating {num_pages} KV pages of {page_size} tokens")
+    model.build_rope(num_positions)
+    cache = KVCache(model_config, num_pages, page_size, dtype, device)
+    batch = InputBatch(limits.max_num_seqs, block_length or 1, pages_per_sequence, device)
+    decoder = TidarDecoder(batch, page_size, tidar.mask_token_id if tidar else None)
+    kv = KVCacheManager(PagePool(num_pages), page_size, config.cache.enable_prefix_caching)
+    table = policies(config.decode, block_length)
+    scheduler = Scheduler(limits, kv, table, model_config.eos_token_ids, max_model_len)
+    info = EngineInfo(
+        architecture=model_config.architecture,
+        num_parameters=sum(p.numel() for p in model.parameters()),
+        vocab_size=model_config.vocab_size,
+        max_model_len=max_model_len,
+        eos_token_ids=model_config.eos_token_ids,
+        block_length=block_length,
+        mask_token_id=tidar.mask_token_id if tidar else None,
+        supported_modes=tuple(table),
+        default_mode=DecodingMode.AUTO,
+        num_pages=num_pages,
+        page_size=page_size,
+        dtype=str(dtype).removeprefix("torch."),
+        device=str(device),
+        sampling_defaults=defaults,
+        settings={"kernels": kernels.name, "auto": str(table[DecodingMode.AUTO]), "threads": str(torch.get_num_threads())},
+    )
+    return EngineCore(scheduler, decoder, ModelRunner(model, cache, kernels), info, limits.async_depth)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"unknown device {name!r}: use auto, cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device {name!r} was asked for, but torch finds no CUDA GPU: use --device cpu")
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device {name!r} is not supported: use auto, cpu, cuda or cuda:N")
+    return device
+
+
+def _max_model_len(config: EngineConfig, model: ModelConfig) -> int:
+    limit = min(model.max_position, model.sliding_window or model.max_position)
+    wanted = config.max_model_len
+    if wanted is None:
+        return limit
+    if wanted < 2:
+        raise ConfigError(f"max_model_len must be at least 2, got {wanted}")
+    if wanted > limit:
+        reason = "its sliding window" if limit == model.sliding_window else "the positions it was trained for"
+        raise ConfigError(f"max_model_len {wanted} is beyond what this checkpoint can serve ({limit}, {reason}): lower it")
+    return wanted
+
+
+def _block_length(config: EngineConfig, model: ModelConfig) -> int | None:
+    wanted = config.decode.block_length
+    if model.tidar is None:
+        if DecodingMode(config.decode.mode) not in (DecodingMode.AUTO, DecodingMode.AR):
+            raise ConfigError(
+                f"decoding {config.decode.mode!r} needs a TiDAR checkpoint, and this one has no 'tidar' section in its "
+                "config.json: use --decoding ar"
+            )
+        return None
+    if wanted is not None and not 2 <= wanted <= model.tidar.block_length:
+        raise ConfigError(
+            f"block_length {wanted} is not between 2 and {model.tidar.block_length}, the length this checkpoint was trained with"
+        )
+    return wanted or model.tidar.block_length
+
+
+def _check(config: EngineConfig, block_length: int | None) -> None:
+    limits, branches = config.scheduler, config.decode.num_branches
+    if limits.max_num_seqs < 1:
+        raise ConfigError(f"max_num_seqs must be at least 1, got {limits.max_num_seqs}")
+    if limits.max_num_batched_tokens < limits.max_num_seqs:
+        raise ConfigError(
+            f"max_num_batched_tokens ({limits.max_num_batched_tokens}) must be at least max_num_seqs ({limits.max_num_seqs}), "
+            "so that every running request gets a row"
+        )
+    if limits.async_depth not in (0, 1):
+        raise ConfigError(f"async_depth must be 0 or 1, got {limits.async_depth}")
+    if config.cache.page_size < 1:
+        raise ConfigError(f"page_size must be at least 1, got {config.cache.page_size}")
+    if branches is not None and block_length is not None and not 1 <= branches <= block_length:
+        raise ConfigError(f"num_branches {branches} is not between 1 and the block length {block_length}; use 'all' for all")
+
+
+def _num_pages(config: EngineConfig, model: ModelConfig, max_model_len: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Pages to allocate, the null page included. Raises ConfigError if one full-length request would not fit."""
+    page_size = config.cache.page_size
+    per_sequence = -(-max_model_len // page_size)
+    if config.cache.num_pages is not None:
+        num_pages = config.cache.num_pages
+    elif device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        budget = free - int(total * (1 - config.cache.gpu_memory_utilization))
+        num_pages = max(0, budget) // page_bytes(model, page_size, dtype)
+    else:
+        # On a CPU: room for as many full-length requests as fit into 2 GiB, and never more than can run at once.
+        affordable = 2 * 1024**3 // page_bytes(model, page_size, dtype)
+        num_pages = 1 + min(config.scheduler.max_num_seqs * per_sequence, max(per_sequence, affordable))
+    if num_pages - 1 < per_sequence:
+        size = page_bytes(model, page_size, dtype) / 2**20
+        raise ConfigError(
+            f"the KV cache has room for {max(0, num_pages - 1)} pages of {page_size} tokens ({size:.2f} MiB each), but one request "
+            f"of max_model_len {max_model_len} needs {per_sequence}: lower --max-model-len or raise --num-pages "
+            "(on a GPU: --gpu-memory-utilization)"
+        )
+    return num_pages

@@ -1,0 +1,64 @@
+"""The loop. Four lines hold everything: schedule, execute, judge, apply."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+
+import torch
+
+from engine.decode.tidar import PendingResult, TidarDecoder
+from engine.messages import EngineInfo, GenerateRequest, RequestOutput, StepOutputs
+from engine.model_runner import ModelRunner
+from engine.scheduler import Scheduler
+from engine.step import StepPlan
+
+
+class EngineCore:
+    """Steps the requests. ``depth`` 1 launches a step before the host has read the one before it; 0 does not."""
+
+    def __init__(
+        self, scheduler: Scheduler, decoder: TidarDecoder, runner: ModelRunner, info: EngineInfo, depth: int = 0
+    ) -> None:
+        self.scheduler, self.decoder, self.runner, self.info, self.depth = scheduler, decoder, runner, info, depth
+        self._launched: deque[tuple[StepPlan, PendingResult]] = deque()
+
+    @property
+    def has_work(self) -> bool:
+        """Whether ``step`` has something to do."""
+        return self.scheduler.has_work or bool(self._launched)
+
+    def add(self, request: GenerateRequest) -> None:
+        """Queue a request; one that can never run is answered with an error output by the next step."""
+        self.scheduler.add(request)
+
+    def abort(self, request_id: str) -> None:
+        """Drop a request; it gives no more output."""
+        self.scheduler.abort(request_id)
+
+    def step(self) -> StepOutputs:
+        """Launch the next step if there is one, read the oldest launched one if it is due."""
+        begun = time.perf_counter()
+        counters = self.scheduler.counters
+        outputs: list[RequestOutput] = self.scheduler.take_rejected()
+        plan = self.scheduler.schedule()
+        scheduled = time.perf_counter()
+        if plan is not None:
+            self._launched.append((plan, self._launch(plan)))
+        read = applied = time.perf_counter()
+        if self._launched and (plan is None or len(self._launched) > self.depth):
+            oldest, pending = self._launched.popleft()
+            result = pending.read()
+            read = time.perf_counter()
+            outputs += self.scheduler.apply(oldest, result)
+            counters.num_steps += 1
+            applied = time.perf_counter()
+        counters.step_seconds += applied - begun
+        counters.host_seconds += (scheduled - begun) + (applied - read)
+        return StepOutputs(tuple(outputs), self.scheduler.stats())
+
+    @torch.inference_mode()
+    def _launch(self, plan: StepPlan) -> PendingResult:
+        inputs = self.decoder.lay_out(plan)
+        logits = self.runner.execute(inputs)
+        return self.decoder.judge(plan, inputs, logits)

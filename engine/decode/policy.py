@@ -1,0 +1,61 @@
+"""Which draft plan a request gets. For now every policy is fixed; ``auto`` means the configured one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from engine.config import DecodeConfig
+from engine.sampling_params import DecodingMode
+from engine.step import DraftPlan
+
+
+class DraftPolicy(Protocol):
+    """Chooses the bounds of a request's decode rows."""
+
+    def plan(self, held: int, wanted: int) -> DraftPlan:
+        """The draft plan of a request that holds at most ``held`` drafts and wants at most ``wanted`` more tokens."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Autoregressive:
+    """Plain decoding: one draft, which is certain, and no branch."""
+
+    def plan(self, held: int, wanted: int) -> DraftPlan:
+        return DraftPlan(1, 0, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Drafting:
+    """The TiDAR family. Drafts are verified beside at most ``num_branches`` branches of ``block_length`` masks.
+
+    ``num_branches`` 0 is ``linear``: a step that verifies drafts runs no branch, so it always misses, and the step after it is
+    a redraft. A request that holds only its certain draft runs branch 0, the only one there is, in every plan.
+    """
+
+    block_length: int
+    num_branches: int
+
+    def plan(self, held: int, wanted: int) -> DraftPlan:
+        num_drafts = min(held, wanted, self.block_length)
+        allowed = self.num_branches if held > 1 else 1
+        return DraftPlan(num_drafts, min(allowed, num_useful_branches(num_drafts, wanted)), self.block_length)
+
+
+def num_useful_branches(num_drafts: int, wanted: int) -> int:
+    """How many branches are worth running: the hit of branch ``i`` emits ``i + 1`` tokens and must leave at least two."""
+    return max(0, min(num_drafts, wanted - 2))
+
+
+def policies(config: DecodeConfig, block_length: int | None) -> dict[DecodingMode, DraftPolicy]:
+    """The policy of every mode that the checkpoint supports; ``block_length`` None means that it was not trained to draft."""
+    available: dict[DecodingMode, DraftPolicy] = {DecodingMode.AR: Autoregressive()}
+    if block_length is not None:
+        branches = block_length if config.num_branches is None else config.num_branches
+        available[DecodingMode.LINEAR] = Drafting(block_length, 0)
+        available[DecodingMode.TIDAR] = Drafting(block_length, branches)
+    configured = DecodingMode(config.mode)
+    fallback = DecodingMode.TIDAR if block_length is not None else DecodingMode.AR
+    available[DecodingMode.AUTO] = available[fallback if configured is DecodingMode.AUTO else configured]
+    return available

@@ -1,0 +1,41 @@
+"""Acceptance and the ranking of branches: pure functions on small integer tensors."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def num_accepted(sampled_ND: Tensor, drafts_ND: Tensor, num_drafts_N: Tensor) -> Tensor:
+    """How many drafts each request commits, [N], at least 1 where there is a draft at all.
+
+    ``sampled[i]`` is the token that verification takes after draft ``i``. Draft 0 is certain; draft ``i`` is accepted while it
+    equals ``sampled[i - 1]`` and all before it were accepted.
+    """
+    first = num_drafts_N.clamp(max=1)
+    if sampled_ND.shape[1] < 2:
+        return first
+    index = torch.arange(1, sampled_ND.shape[1], device=sampled_ND.device)
+    matches = (sampled_ND[:, :-1] == drafts_ND[:, 1:]) & (index < num_drafts_N[:, None])
+    return first + matches.cumprod(dim=1).sum(dim=1)
+
+
+def rank_branches(
+    probs_ND: Tensor, num_drafts_N: Tensor, num_useful_N: Tensor, num_branches_N: Tensor, max_branches: int
+) -> Tensor:
+    """Which branches to run: the likeliest to be hit, [N, max_branches] branch numbers, -1 where there is none.
+
+    Branch ``i`` is hit when exactly drafts ``0..i`` are accepted. With the drafts' own probabilities ``p`` as chances of
+    survival that is ``p_1 ... p_i (1 - p_{i+1})``, and ``p_1 ... p_{n-1}`` for the last. ``probs_ND[:, 0]`` is ignored: draft 0
+    is certain. With two branches or more, branch 0 is always one of them, since a miss there costs the most.
+    """
+    width = probs_ND.shape[1]
+    index = torch.arange(width, device=probs_ND.device)
+    last = index >= (num_drafts_N - 1)[:, None]
+    survival = torch.cat((torch.ones_like(probs_ND[:, :1]), probs_ND[:, 1:]), dim=1).cumprod(dim=1)
+    next_prob = torch.cat((probs_ND[:, 1:], torch.zeros_like(probs_ND[:, :1])), dim=1).masked_fill(last, 0.0)
+    score = survival * (1 - next_prob)
+    score[:, 0] += 2.0 * (num_branches_N > 1)
+    score = score.masked_fill(index >= num_useful_N[:, None], -1.0)
+    best, order = score.topk(min(max_branches, width), dim=1)
+    return order.masked_fill(best < 0, -1)

@@ -1,0 +1,81 @@
+"""Device state of the running requests, one row per slot.
+
+The decoder alone writes it, in stream order: admissions and page updates when a plan is laid out, progress when a step is
+judged. The host never reads it back, so a step can be launched before the one before it has been read.
+
+Shape suffixes: S slots, K drafts a request may hold, P pages of the longest request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from engine.sampling_params import SamplingParams
+from engine.step import Admission, PageUpdate
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingNeeds:
+    """Which parts of sampling a batch needs at all; known on the host, so that a greedy batch pays for none of them."""
+
+    noise: bool
+    top_k: bool
+    top_p: bool
+    min_p: bool
+
+    @staticmethod
+    def of(params: Sequence[SamplingParams]) -> SamplingNeeds:
+        """The union over requests. A greedy request needs nothing."""
+        random = [p for p in params if not p.greedy]
+        return SamplingNeeds(
+            noise=bool(random),
+            top_k=any(p.top_k > 0 for p in random),
+            top_p=any(p.top_p < 1.0 for p in random),
+            min_p=any(p.min_p > 0.0 for p in random),
+        )
+
+
+class InputBatch:
+    """What a slot's request has computed, holds and wants, its pages and its sampling parameters."""
+
+    def __init__(self, num_slots: int, max_drafts: int, max_pages: int, device: torch.device) -> None:
+        def integers(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.long, device=device)
+
+        def floats(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.float32, device=device)
+
+        self.device = device
+        self.block_table_SP = integers(num_slots, max_pages)
+        self.num_computed_S = integers(num_slots)
+        self.num_held_S = integers(num_slots)
+        self.wanted_S = integers(num_slots)
+        self.drafts_SK = integers(num_slots, max_drafts)
+        self.draft_probs_SK = floats(num_slots, max_drafts)
+        self.seed_S = integers(num_slots)
+        self.top_k_S = integers(num_slots)
+        # Client numbers stay in float64, so that 0.9 means the same for every model dtype.
+        self.temperature_S, self.top_p_S, self.min_p_S = (floats(num_slots).double() for _ in range(3))
+        self.params: list[SamplingParams] = [SamplingParams(max_tokens=1)] * num_slots
+
+    def update(self, admissions: Sequence[Admission], page_updates: Sequence[PageUpdate]) -> None:
+        """Put newly admitted requests in their slots and extend block tables."""
+        for admission in admissions:
+            slot, sampling = admission.slot, admission.sampling
+            self.num_computed_S[slot] = admission.num_computed
+            self.num_held_S[slot] = 1
+            self.wanted_S[slot] = admission.wanted
+            self.drafts_SK[slot, 0] = admission.last_token_id
+            self.seed_S[slot] = sampling.seed - 2**64 if sampling.seed >= 2**63 else sampling.seed
+            self.temperature_S[slot] = sampling.temperature
+            self.top_k_S[slot] = sampling.top_k
+            self.top_p_S[slot] = sampling.top_p
+            self.min_p_S[slot] = sampling.min_p
+            self.params[slot] = sampling
+        for update in page_updates:
+            pages = torch.tensor(update.page_ids, device=self.device)
+            self.block_table_SP[update.slot, update.first : update.first + len(update.page_ids)] = pages

@@ -1,0 +1,45 @@
+"""Runs the model on a laid-out step. It knows tensors and pages, but neither requests nor decode modes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from engine.decode.tidar import StepInputs
+from engine.kv_cache import KVCache
+from engine.models.transformer import Transformer
+from kernels.backend import Kernels
+
+
+class PagedAttention:
+    """The attention of one step: keeps the clean rows' K/V in their pages and attends over cache and step."""
+
+    def __init__(self, inputs: StepInputs, cache: KVCache, kernels: Kernels, group_size: int, scale: float) -> None:
+        self.slots, self.cache, self.kernels, self.scale = inputs.slots_R, cache, kernels, scale
+        dtype = cache.keys[0].dtype
+        self.prepared = kernels.prepare_attention(inputs.attention, cache.page_size, group_size, dtype)
+
+    def __call__(self, layer: int, q_RHD: Tensor, k_RGD: Tensor, v_RGD: Tensor) -> Tensor:
+        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        self.kernels.kv_write(k_RGD, v_RGD, keys, values, self.slots)
+        return self.kernels.paged_attention(q_RHD, k_RGD, v_RGD, keys, values, self.prepared, self.scale)
+
+
+class ModelRunner:
+    """Owns the model and the KV cache tensors."""
+
+    def __init__(self, model: Transformer, cache: KVCache, kernels: Kernels) -> None:
+        self.model, self.cache, self.kernels = model, cache, kernels
+        config = model.config
+        self.group_size = config.num_heads // config.num_kv_heads
+        self.scale = config.head_dim**-0.5
+
+    @torch.inference_mode()
+    def execute(self, inputs: StepInputs) -> Tensor | None:
+        """One forward pass; logits [Q, V] of the rows that need them, None if no row does."""
+        attention = PagedAttention(inputs, self.cache, self.kernels, self.group_size, self.scale)
+        hidden = self.model(inputs.token_ids_R, inputs.positions_R, attention)
+        rows = inputs.layout.logit_rows
+        if len(rows) == 0:
+            return None
+        return self.model.logits(hidden if len(rows) == len(hidden) else hidden[rows])

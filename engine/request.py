@@ -1,0 +1,60 @@
+"""A request on its way through the scheduler, the only one that writes it."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+from engine.decode.policy import DraftPolicy
+from engine.kv_cache_manager import SequenceCache
+from engine.messages import GenerateRequest, SpeculationStats
+from engine.step import ScheduledRequest
+
+
+class RequestStatus(enum.Enum):
+    """Where a request is. A preempted request waits again, at the front."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One choice being generated.
+
+    ``token_ids`` are the prompt and everything emitted. ``num_held`` is how many drafts the device holds after the last step
+    that the host has read. ``in_flight`` are this request's shares of launched steps that the host has not read, oldest first.
+    """
+
+    message: GenerateRequest
+    policy: DraftPolicy
+    stop_token_ids: frozenset[int]
+    token_ids: list[int]
+    status: RequestStatus = RequestStatus.WAITING
+    slot: int = -1
+    cache: SequenceCache | None = None
+    num_held: int = 1
+    in_flight: list[ScheduledRequest] = field(default_factory=list)
+    num_cached_tokens: int = 0
+    num_preemptions: int = 0
+    speculation: SpeculationStats = SpeculationStats()
+    scheduled_at: float = 0.0
+    first_token_at: float = 0.0
+
+    @property
+    def request_id(self) -> str:
+        return self.message.request_id
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.message.prompt_token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - len(self.message.prompt_token_ids)
+
+    @property
+    def wanted(self) -> int:
+        """Tokens that may still be emitted, as far as the host has read."""
+        return self.message.sampling.max_tokens - self.num_output_tokens

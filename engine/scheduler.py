@@ -1,0 +1,320 @@
+"""Who runs in the next step, with which bounds, and what a judged step means for its requests.
+
+There are no prefill and decode phases: a request's computed tokens catch up with its tokens, in chunks; the last token is
+the certain draft of a decode step. Chunked prefill, prefix hits and resumption after preemption all follow from that.
+
+With a loop depth of 1 a step is scheduled while the one before it has not been read. Everything here therefore works with
+bounds: what a request has certainly and at most reached once its launched steps are done.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from dataclasses import replace
+
+from engine.config import SchedulerConfig
+from engine.decode.policy import DraftPolicy
+from engine.kv_cache_manager import KVCacheManager, SequenceCache
+from engine.messages import EngineStats, FinishReason, GenerateRequest, RequestOutput, RequestTimes, SpeculationStats
+from engine.request import Request, RequestStatus
+from engine.sampling_params import DecodingMode
+from engine.stats import EngineCounters
+from engine.step import (
+    NO_DRAFTS,
+    Admission,
+    DraftPlan,
+    PageUpdate,
+    RequestResult,
+    ScheduledRequest,
+    StepPlan,
+    StepResult,
+)
+
+
+class _PlanBuilder:
+    """Collects one step's plan; ``budget`` is how many rows are left."""
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget
+        self.requests: list[ScheduledRequest] = []
+        self.admissions: list[Admission] = []
+        self.page_updates: list[PageUpdate] = []
+        self.preempted = False
+
+    def build(self, step_id: int) -> StepPlan | None:
+        if not self.requests:
+            return None
+        return StepPlan(step_id, tuple(self.requests), tuple(self.admissions), tuple(self.page_updates))
+
+
+class Scheduler:
+    """The queues and the only writer of requests."""
+
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        kv: KVCacheManager,
+        policies: dict[DecodingMode, DraftPolicy],
+        eos_token_ids: tuple[int, ...],
+        max_model_len: int,
+    ) -> None:
+        self.config, self.kv, self.policies = config, kv, policies
+        self.eos_token_ids, self.max_model_len = frozenset(eos_token_ids), max_model_len
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []
+        self.requests: dict[str, Request] = {}
+        self.counters = EngineCounters()
+        self._free_slots = list(reversed(range(config.max_num_seqs)))
+        self._rejected: list[RequestOutput] = []
+        self._step_id = 0
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step could do something, or an answer waits to be handed out."""
+        return bool(self.requests or self._rejected)
+
+    def add(self, message: GenerateRequest) -> None:
+        """Queue a request. One that can never run is answered with an error by the next ``take_rejected``."""
+        problem = self._problem(message)
+        if problem is not None:
+            self._rejected.append(RequestOutput(message.request_id, (), FinishReason.ERROR, error=problem))
+            return
+        stops = frozenset(message.sampling.stop_token_ids)
+        if not message.sampling.ignore_eos:
+            stops |= self.eos_token_ids
+        request = Request(message, self.policies[message.decoding], stops, list(message.prompt_token_ids))
+        self.requests[message.request_id] = request
+        self.waiting.append(request)
+
+    def _problem(self, message: GenerateRequest) -> str | None:
+        tokens = len(message.prompt_token_ids)
+        if tokens == 0:
+            return "the prompt is empty: send at least one token"
+        if tokens + message.sampling.max_tokens > self.max_model_len:
+            return (
+                f"the prompt has {tokens} tokens and {message.sampling.max_tokens} more are wanted, but the context holds "
+                f"{self.max_model_len}: shorten the prompt or lower max_tokens"
+            )
+        if message.decoding not in self.policies:
+            return f"this checkpoint cannot decode in mode {message.decoding.value!r}"
+        if message.request_id in self.requests:
+            return f"the request id {message.request_id!r} is in use"
+        return None
+
+    def take_rejected(self) -> list[RequestOutput]:
+        """Hand out the answers to requests that can never run."""
+        rejected, self._rejected = self._rejected, []
+        return rejected
+
+    def abort(self, request_id: str) -> None:
+        """Drop a request at once; its share of a launched step is ignored. Unknown ids are ignored too."""
+        request = self.requests.get(request_id)
+        if request is None:
+            return
+        if request.status is RequestStatus.WAITING:
+            self.waiting.remove(request)
+        self._finish(request)
+
+    # -- schedule ------------------------------------------------------------------------------------------------------
+
+    def schedule(self) -> StepPlan | None:
+        """Plan the next step: running requests oldest first, then waiting ones while rows, slots and pages last."""
+        builder = _PlanBuilder(self.config.max_num_batched_tokens)
+        for request in list(self.running):
+            if request.status is RequestStatus.RUNNING and builder.budget > 0:
+                self._schedule(request, builder)
+        while self.waiting and builder.budget > 0 and not builder.preempted and self._free_slots:
+            if not self._admit(self.waiting[0], builder):
+                break
+        self._step_id += 1
+        return builder.build(self._step_id)
+
+    def _schedule(self, request: Request, builder: _PlanBuilder) -> None:
+        cache = _cache_of(request)
+        computed = cache.num_computed + sum(len(s.prefill_token_ids) for s in request.in_flight)
+        drafts_in_flight = sum(s.draft_plan.num_drafts for s in request.in_flight)
+        max_computed = computed + drafts_in_flight
+        last = len(request.token_ids) - 1
+        # Once drafts are in flight the prompt is done, and ``token_ids`` lags behind what the device has computed.
+        prefill = () if drafts_in_flight else tuple(request.token_ids[computed : min(last, computed + builder.budget)])
+        plan = NO_DRAFTS
+        if computed + len(prefill) >= last:
+            plan = self._draft_plan(request, builder.budget - len(prefill))
+        if not prefill and plan.num_drafts == 0:
+            return
+        plan = self._reserve(request, max_computed + len(prefill), plan, builder)
+        if request.status is not RequestStatus.RUNNING:
+            return
+        share = ScheduledRequest(request.request_id, request.slot, prefill, plan, max_computed)
+        request.in_flight.append(share)
+        builder.requests.append(share)
+        builder.budget -= share.num_rows
+
+    def _draft_plan(self, request: Request, budget: int) -> DraftPlan:
+        """The policy's choice for what the request holds at most, cut to ``budget`` rows; nothing if it surely ends before."""
+        held, wanted = request.num_held, request.wanted
+        for share in request.in_flight:
+            if share.draft_plan.num_drafts:
+                held = share.draft_plan.block_length if share.draft_plan.num_branches else 1
+                wanted -= 1
+        if wanted <= 0 or budget <= 0:
+            return NO_DRAFTS
+        plan = request.policy.plan(held, wanted)
+        num_drafts = min(plan.num_drafts, budget)
+        num_branches = min(plan.num_branches, (budget - num_drafts) // plan.block_length)
+        return replace(plan, num_drafts=num_drafts, num_branches=num_branches)
+
+    def _reserve(self, request: Request, start: int, plan: DraftPlan, builder: _PlanBuilder) -> DraftPlan:
+        """Get pages for the positions below ``start`` and for the drafts behind it.
+
+        When the pool is dry, first the drafts are cut to the pages at hand, then the newest running request is preempted,
+        which may be this one.
+        """
+        cache = _cache_of(request)
+        while True:
+            first = len(cache.page_ids)
+            pages = self.kv.allocate(cache, start + plan.num_drafts)
+            if pages is not None:
+                if pages:
+                    builder.page_updates.append(PageUpdate(request.slot, first, pages))
+                return plan
+            room = first * self.kv.page_size - start
+            if 1 <= room < plan.num_drafts:
+                return replace(plan, num_drafts=room, num_branches=min(plan.num_branches, room))
+            builder.preempted = True
+            victim = self.running[-1]
+            self._preempt(victim)
+            if victim is request:
+                return plan
+
+    def _admit(self, request: Request, builder: _PlanBuilder) -> bool:
+        cache = self.kv.match_prefix(request.token_ids, request.message.cache_salt)
+        # Room for all its tokens and the first drafts, or it would soon be preempted again.
+        needed = self.kv.pages_for(len(request.token_ids) + 1) - len(cache.page_ids)
+        if needed > self.kv.pool.num_free:
+            self.kv.free(cache)
+            return False
+        self.waiting.popleft()
+        self.running.append(request)
+        request.status, request.cache, request.slot, request.num_held = RequestStatus.RUNNING, cache, self._free_slots.pop(), 1
+        builder.admissions.append(
+            Admission(request.slot, cache.num_computed, request.token_ids[-1], request.wanted, request.message.sampling)
+        )
+        if cache.page_ids:
+            builder.page_updates.append(PageUpdate(request.slot, 0, tuple(cache.page_ids)))
+        if not request.scheduled_at:
+            request.scheduled_at = time.monotonic()
+            request.num_cached_tokens = cache.num_computed
+            self.counters.count_admission(request, cache.num_computed)
+        self._schedule(request, builder)
+        return True
+
+    def _preempt(self, request: Request) -> None:
+        """Take a request's pages and slot away; it waits at the front and is recomputed. Its launched shares are dropped."""
+        self.counters.num_preemptions += 1
+        request.num_preemptions += 1
+        self._leave(request)
+        request.status = RequestStatus.WAITING
+        self.waiting.appendleft(request)
+
+    def _leave(self, request: Request) -> None:
+        self.running.remove(request)
+        self.kv.free(_cache_of(request))
+        self._free_slots.append(request.slot)
+        request.cache, request.slot = None, -1
+        request.in_flight.clear()
+
+    def _finish(self, request: Request) -> None:
+        if request.status is RequestStatus.RUNNING:
+            self._leave(request)
+        request.status = RequestStatus.FINISHED
+        del self.requests[request.request_id]
+
+    # -- apply ---------------------------------------------------------------------------------------------------------
+
+    def apply(self, plan: StepPlan, result: StepResult) -> list[RequestOutput]:
+        """Commit what a judged step computed, append its tokens, finish what is finished; returns what there is to say."""
+        assert plan.step_id == result.step_id, "a result belongs to another plan"
+        outputs = []
+        for share, judged in zip(plan.requests, result.requests, strict=True):
+            request = self.requests.get(share.request_id)
+            # The request was finished, aborted or preempted after this step was launched: its share no longer counts.
+            if request is None or not request.in_flight or request.in_flight[0] is not share:
+                continue
+            output = self._apply(request, share, judged)
+            if output is not None:
+                outputs.append(output)
+        return outputs
+
+    def _apply(self, request: Request, share: ScheduledRequest, judged: RequestResult) -> RequestOutput | None:
+        request.in_flight.pop(0)
+        request.num_held = judged.num_held
+        kept, reason = _until_stop(judged.token_ids, request.stop_token_ids, request.wanted)
+        request.token_ids.extend(kept)
+        cache = _cache_of(request)
+        self.kv.commit(cache, len(share.prefill_token_ids) + len(kept), request.token_ids)
+        # Drafts that were rejected give their pages back, except those that a launched step may write to.
+        in_flight = sum(len(s.prefill_token_ids) + s.draft_plan.num_drafts for s in request.in_flight)
+        self.kv.truncate(cache, cache.num_computed + in_flight)
+        self.counters.count_share(share, judged, len(kept))
+        if not kept:
+            return None
+        now = time.monotonic()
+        request.first_token_at = request.first_token_at or now
+        request.speculation = _count(request.speculation, judged)
+        if reason is None:
+            return RequestOutput(request.request_id, kept, num_cached_tokens=request.num_cached_tokens)
+        self._finish(request)
+        return RequestOutput(
+            request.request_id,
+            kept,
+            reason,
+            stop_token_id=kept[-1] if reason is FinishReason.STOP else None,
+            num_cached_tokens=request.num_cached_tokens,
+            speculation=request.speculation,
+            times=RequestTimes(request.message.arrival, request.scheduled_at, request.first_token_at, now),
+        )
+
+    def stats(self) -> EngineStats:
+        """A frozen snapshot for the server."""
+        return self.counters.snapshot(len(self.running), len(self.waiting), self.kv.pool.usage)
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError unless queues, slots and pages agree."""
+        self.kv.check_integrity(_cache_of(r) for r in self.running)
+        slots = [r.slot for r in self.running]
+        assert sorted(slots + self._free_slots) == list(range(self.config.max_num_seqs)), "a slot is lost or shared"
+        assert {r.request_id for r in [*self.running, *self.waiting]} == set(self.requests), "a request is lost"
+        for request in self.running:
+            in_flight = sum(len(s.prefill_token_ids) + s.draft_plan.num_drafts for s in request.in_flight)
+            cache = _cache_of(request)
+            assert cache.num_computed <= len(request.token_ids) - 1, "the last token has no K/V yet"
+            assert len(cache.page_ids) >= self.kv.pages_for(cache.num_computed + in_flight), "a launched step lacks a page"
+
+
+def _cache_of(request: Request) -> SequenceCache:
+    assert request.cache is not None, "a running request has pages"
+    return request.cache
+
+
+def _until_stop(
+    token_ids: tuple[int, ...], stop_token_ids: frozenset[int], wanted: int
+) -> tuple[tuple[int, ...], FinishReason | None]:
+    """The tokens up to and with the first one that ends the request, and why it ends."""
+    for count, token in enumerate(token_ids, start=1):
+        if token in stop_token_ids:
+            return token_ids[:count], FinishReason.STOP
+        if count == wanted:
+            return token_ids[:count], FinishReason.LENGTH
+    return token_ids, None
+
+
+def _count(stats: SpeculationStats, judged: RequestResult) -> SpeculationStats:
+    drafted = judged.num_drafts > 1
+    return SpeculationStats(
+        num_forwards=stats.num_forwards + 1,
+        num_spec_steps=stats.num_spec_steps + drafted,
+        num_draft_tokens=stats.num_draft_tokens + (judged.num_drafts - 1 if drafted else 0),
+        num_accepted_draft_tokens=stats.num_accepted_draft_tokens + (len(judged.token_ids) - 1 if drafted else 0),
+    )
