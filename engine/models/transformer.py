@@ -87,11 +87,15 @@ class Transformer(nn.Module):
         self.norm = nn.Parameter(torch.ones(config.hidden_size))
         tied = config.tie_word_embeddings
         self.lm_head = None if tied else nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
-        self.cos: Tensor
-        self.sin: Tensor
+        self.cos = self.sin = torch.empty(0)
 
     def build_rope(self, num_positions: int) -> None:
-        """Make the rotary tables for positions ``0..num_positions-1``, in the weights' dtype and on their device."""
+        """Make the rotary tables for at least the positions ``0..num_positions-1``, on the weights' device.
+
+        Tables only grow: engines that share one model may serve contexts of different lengths.
+        """
+        if len(self.cos) >= num_positions:
+            return
         config = self.config
         dtype = torch.promote_types(self.embedding.dtype, torch.float32)
         self.cos, self.sin = rope_tables(config.rope, config.head_dim, num_positions, dtype, self.embedding.device)

@@ -1,0 +1,235 @@
+"""Speed of every decode mode on the bundled model, beside Transformers' ``generate`` on the same weights, in one run.
+
+Each round runs every configuration once, in turn, so that a machine that slows down slows down all of them; the figures are
+medians over rounds. Answers are greedy and must equal those of ``ar`` or the run fails. Speeds count prefill and decode.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from benchmarks.report import finish, table
+from benchmarks.stdlib_questions import load_held_out
+from engine.build import assemble
+from engine.config import CacheConfig, DecodeConfig, EngineConfig, SchedulerConfig
+from engine.core import EngineCore
+from engine.messages import GenerateRequest, SamplingDefaults
+from engine.models.hf_config import read_model_config
+from engine.models.loader import load_model
+from engine.models.transformer import Transformer
+from engine.sampling_params import DecodingMode, SamplingParams
+from kernels.backend import REFERENCE
+from training.corpus.build import build_corpus
+
+MODEL = Path(__file__).parents[1] / "server" / "bundled_model"
+MAX_TOKENS = 96
+MAX_MODEL_LEN = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One timed pass over a prompt set."""
+
+    seconds: float
+    tokens: int
+    forwards: int
+    steps: int
+    rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One configuration on one prompt set; speeds are medians over rounds, ``speedup`` is over ``ar`` at the same batch."""
+
+    prompts: str
+    name: str
+    batch: int
+    tokens_per_second: float
+    tokens_per_decode_step: float
+    tokens_per_forward: float
+    rows_per_step: float
+    ms_per_step: float
+    speedup: float
+
+
+class Engines:
+    """Engines around one model: one per draft plan and batch size."""
+
+    def __init__(self, model: Transformer) -> None:
+        self.model = model
+
+    def build(self, mode: DecodingMode, block_length: int | None, branches: int | None, batch: int) -> EngineCore:
+        config = EngineConfig(
+            str(MODEL),
+            cache=CacheConfig(num_pages=1 + batch * MAX_MODEL_LEN // 64, enable_prefix_caching=False),
+            scheduler=SchedulerConfig(max_num_seqs=batch),
+            decode=DecodeConfig(mode.value, block_length, branches),
+        )
+        return assemble(config, self.model, MAX_MODEL_LEN, SamplingDefaults(), REFERENCE)
+
+
+def run_engine(core: EngineCore, prompts: list[list[int]]) -> tuple[Sample, list[tuple[int, ...]]]:
+    """All prompts through one engine; as many at a time as it has slots."""
+    answers: dict[str, list[int]] = {str(i): [] for i in range(len(prompts))}
+    before, begun = core.scheduler.stats(), time.perf_counter()
+    for i, prompt in enumerate(prompts):
+        core.add(GenerateRequest(str(i), tuple(prompt), SamplingParams(MAX_TOKENS, temperature=0.0)))
+    while core.has_work:
+        for output in core.step().outputs:
+            answers[output.request_id] += output.token_ids
+    seconds, after = time.perf_counter() - begun, core.scheduler.stats()
+    rows = sum(getattr(after, f) - getattr(before, f) for f in ("prefill_rows", "draft_rows", "mask_rows"))
+    tokens = after.generation_tokens - before.generation_tokens
+    sample = Sample(seconds, tokens, after.forwards - before.forwards, after.num_steps - before.num_steps, rows)
+    return sample, [tuple(a) for a in answers.values()]
+
+
+def run_transformers(
+    model: Any, prompts: list[list[int]], batch: int, pad: int, eos: int
+) -> tuple[Sample, list[tuple[int, ...]]]:
+    """The same prompts through ``generate``, left-padded in batches."""
+    answers: list[tuple[int, ...]] = []
+    begun = time.perf_counter()
+    for start in range(0, len(prompts), batch):
+        chunk = prompts[start : start + batch]
+        width = max(map(len, chunk))
+        ids = torch.tensor([[pad] * (width - len(p)) + p for p in chunk])
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in chunk])
+        out = model.generate(
+            ids, attention_mask=mask, max_new_tokens=MAX_TOKENS, do_sample=False, pad_token_id=pad, eos_token_id=eos
+        )
+        for row in out[:, width:].tolist():
+            answers.append(tuple(row[: row.index(eos) + 1] if eos in row else row))
+    seconds, tokens = time.perf_counter() - begun, sum(map(len, answers))
+    return Sample(seconds, tokens, tokens, 0, 0), answers
+
+
+def plans(quick: bool) -> list[tuple[str, DecodingMode, int | None, int | None]]:
+    """(name, mode, block length, branches) of every engine configuration."""
+    found: list[tuple[str, DecodingMode, int | None, int | None]] = [("ar", DecodingMode.AR, None, 1)]
+    for k in (8,) if quick else (4, 8):
+        found.append((f"linear k={k}", DecodingMode.LINEAR, k, 1))
+        for branches in (1, None) if quick else (1, 2, 3, None):
+            count = "all" if branches is None else str(branches)
+            found.append((f"tidar k={k} branches={count}", DecodingMode.TIDAR, k, branches))
+    return found
+
+
+def measure(runs: dict[str, Callable[[], tuple[Sample, list[tuple[int, ...]]]]], rounds: int) -> dict[str, list[Sample]]:
+    """Run every configuration once a round. Raises SystemExit if an answer differs from that of ``ar``."""
+    samples: dict[str, list[Sample]] = {name: [] for name in runs}
+    for number in range(rounds + 1):
+        expected: list[tuple[int, ...]] | None = None
+        for name, run in runs.items():
+            sample, answers = run()
+            if name == "ar":
+                expected = answers
+            elif expected is not None and name != "transformers generate" and answers != expected:
+                raise SystemExit(f"{name} gave other tokens than ar: speed is not reported on a wrong result")
+            if number > 0:  # the first round warms up
+                samples[name].append(sample)
+    return samples
+
+
+def summarise(prompts: str, batch: int, samples: dict[str, list[Sample]], num_prompts: int) -> list[Row]:
+    """Medians of one prompt set and batch size."""
+
+    def speed(name: str) -> float:
+        return statistics.median(s.tokens / s.seconds for s in samples[name])
+
+    rows = []
+    for name, found in samples.items():
+        s = found[0]
+        decode_steps = s.forwards - num_prompts
+        rows.append(
+            Row(
+                prompts,
+                name,
+                batch,
+                speed(name),
+                (s.tokens - num_prompts) / decode_steps,
+                s.tokens / s.forwards,
+                s.rows / s.steps if s.steps else float("nan"),
+                1000 * statistics.median(x.seconds / x.steps for x in found) if s.steps else float("nan"),
+                speed(name) / speed("ar"),
+            )
+        )
+    return rows
+
+
+def prompt_sets(tokenizer: Any, count: int) -> dict[str, list[list[int]]]:
+    """Known phrasings, drawn from the training grammar, and phrasings that training never saw; right names in both."""
+    rng = random.Random(3)
+    known = [question for question, _ in build_corpus().known_questions(count, seed=3)]
+    held_out = [q.question for q in load_held_out()["close"] if q.intent != "refusal"]
+    sets = {"known": known, "new": rng.sample(held_out, min(count, len(held_out)))}
+
+    def encode(question: str) -> list[int]:
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": question}], add_generation_prompt=True, tokenize=False
+        )
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    return {name: [encode(q) for q in questions] for name, questions in sets.items()}
+
+
+def main() -> None:
+    """Measure and report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompts", type=int, default=48, help="prompts a set (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--quick", action="store_true", help="fewer plans, for a first look")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--out", type=Path, help="also write the JSON line to this file")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    config = read_model_config(MODEL)
+    engines = Engines(load_model(MODEL, config, torch.float32, torch.device("cpu"), lambda message: None, REFERENCE))
+    peer = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
+    rows: list[Row] = []
+    for set_name, prompts in prompt_sets(tokenizer, arguments.prompts).items():
+        for batch in arguments.batch:
+            cores = {name: engines.build(mode, k, b, batch) for name, mode, k, b in plans(arguments.quick)}
+            runs: dict[str, Callable[[], tuple[Sample, list[tuple[int, ...]]]]] = {
+                name: lambda core=core: run_engine(core, prompts)
+                for name, core in cores.items()  # type: ignore[misc]
+            }
+            runs["transformers generate"] = lambda: run_transformers(
+                peer, prompts, batch, tokenizer.pad_token_id, config.eos_token_ids[0]
+            )
+            rows += summarise(set_name, batch, measure(runs, arguments.rounds), len(prompts))
+    header = (
+        "prompts",
+        "configuration",
+        "batch",
+        "tokens/s",
+        "tokens/decode step",
+        "tokens/forward",
+        "rows/step",
+        "ms/step",
+        "x ar",
+    )
+    cells = [
+        (r.prompts, r.name, str(r.batch), f"{r.tokens_per_second:.0f}", f"{r.tokens_per_decode_step:.2f}",
+         f"{r.tokens_per_forward:.2f}", f"{r.rows_per_step:.1f}", f"{r.ms_per_step:.2f}", f"{r.speedup:.2f}")
+        for r in rows
+    ]  # fmt: skip
+    print(table(header, cells))
+    finish("decode_modes", [asdict(r) for r in rows], arguments.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,17 @@
+"""Settings of the whole test run."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import settings
+
+# No deadline: a machine may be busy. A failing example is printed with the line that repeats it.
+settings.register_profile("tidar", deadline=None, print_blob=True)
+settings.load_profile("tidar")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """Tiny models are fastest on one thread, and a test run should not fight for the cores."""
+    torch.set_num_threads(1)
