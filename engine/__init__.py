@@ -13,10 +13,12 @@ from engine.messages import (
     SamplingDefaults,
     SpeculationStats,
 )
+from engine.process import AsyncEngine
 from engine.sampling_params import DecodingMode, SamplingParams, choice_seed
 
 __all__ = [
     "AbortRequest",
+    "AsyncEngine",
     "CacheConfig",
     "DecodeConfig",
     "DecodingMode",

@@ -68,7 +68,7 @@ class EngineCore(Protocol):
         ...
 
     def step(self) -> StepOutputs:
-        """Run one step. An exception is fatal for the process."""
+        """Run one step; with nothing to do, it gives the statistics alone. An exception is fatal for the process."""
         ...
 
 
@@ -157,7 +157,8 @@ def _serve(core: EngineCore, channel: _Channel) -> None:
     sent_stats = EngineStats()
     while True:
         channel.tick()
-        for message in channel.receive(wait=not core.has_work):
+        messages = channel.receive(wait=not core.has_work)
+        for message in messages:
             match message:
                 case GenerateRequest():
                     core.add(message)
@@ -165,7 +166,8 @@ def _serve(core: EngineCore, channel: _Channel) -> None:
                     core.abort(message.request_id)
                 case Shutdown():
                     return
-        if core.has_work:
+        # A message without work is an abort of the last request: the server's gauges must fall back to zero.
+        if core.has_work or messages:
             result = core.step()
             if result.outputs or result.stats != sent_stats:
                 channel.send(result)

@@ -194,7 +194,7 @@ def _read_header(file: Path) -> dict[str, _StoredTensor]:
 
 def _destinations(model: Transformer) -> dict[str, Tensor]:
     """Where each tensor of the checkpoint goes: parameters, or views of the merged ones, by Hugging Face's names."""
-    places = {"model.embed_tokens.weight": model.embedding, "model.norm.weight": model.norm}
+    places: dict[str, Tensor] = {"model.embed_tokens.weight": model.embedding, "model.norm.weight": model.norm}
     if model.lm_head is not None:
         places[_HEAD] = model.lm_head
     for index, layer in enumerate(model.layers):

@@ -1,0 +1,100 @@
+"""A core without a model, for tests of the process around it: each request gets its own prompt back, a token a step.
+
+Names steer it. Of the config's ``model``: how the start goes. Of a request's id: ``hold...`` is never finished, ``mute...``
+gets no output at all, ``watch...`` is told of the next abort, ``raise...`` and ``exit...`` end the process in a step.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+
+from engine.config import EngineConfig
+from engine.messages import EngineInfo, EngineStats, FinishReason, GenerateRequest, RequestOutput, StepOutputs
+from engine.sampling_params import DecodingMode
+
+EXIT_CODE = 7
+
+INFO = EngineInfo(
+    architecture="Fake",
+    num_parameters=0,
+    vocab_size=100,
+    max_model_len=1000,
+    eos_token_ids=(),
+    block_length=None,
+    mask_token_id=None,
+    supported_modes=(DecodingMode.AR,),
+    default_mode=DecodingMode.AR,
+    num_pages=1,
+    page_size=64,
+    dtype="float32",
+    device="cpu",
+)
+
+
+class ConfigError(Exception):
+    """Stands for the real one, which is known by its full name."""
+
+    __module__ = "engine.build"
+
+
+def build(config: EngineConfig, progress: Callable[[str], None]) -> FakeCore:
+    progress(f"loading {config.model}")
+    match config.model:
+        case "foreseen":
+            raise ConfigError("no such model;\nname a folder")
+        case "unforeseen":
+            raise ZeroDivisionError("oops")
+        case "stuck":
+            threading.Event().wait()
+    progress("ready soon")
+    return FakeCore()
+
+
+class FakeCore:
+    info = INFO
+
+    def __init__(self) -> None:
+        self._requests: dict[str, GenerateRequest] = {}
+        self._num_emitted: dict[str, int] = {}
+        self._extra: list[RequestOutput] = []
+        self._num_steps = 0
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._extra) or any(self._rest(request) for request in self._requests.values())
+
+    def add(self, request: GenerateRequest) -> None:
+        self._requests[request.request_id] = request
+        self._num_emitted[request.request_id] = 0
+
+    def abort(self, request_id: str) -> None:
+        if self._requests.pop(request_id, None):
+            watchers = [name for name in self._requests if name.startswith("watch")]
+            self._extra += [RequestOutput(name, (), FinishReason.ERROR, error=f"aborted {request_id}") for name in watchers]
+
+    def step(self) -> StepOutputs:
+        self._num_steps += 1
+        outputs = [self._advance(request) for request in list(self._requests.values()) if self._rest(request)]
+        outputs += self._extra
+        self._extra = []
+        return StepOutputs(tuple(outputs), EngineStats(num_steps=self._num_steps, num_running=len(self._requests)))
+
+    def _rest(self, request: GenerateRequest) -> tuple[int, ...]:
+        if request.request_id.startswith(("mute", "watch")):
+            return ()
+        return request.prompt_token_ids[self._num_emitted[request.request_id] :]
+
+    def _advance(self, request: GenerateRequest) -> RequestOutput:
+        name = request.request_id
+        if name.startswith("raise"):
+            raise RuntimeError("device lost")
+        if name.startswith("exit"):
+            os._exit(EXIT_CODE)
+        token = self._rest(request)[0]
+        self._num_emitted[name] += 1
+        if self._rest(request) or name.startswith("hold"):
+            return RequestOutput(name, (token,), num_cached_tokens=3)
+        del self._requests[name]
+        return RequestOutput(name, (token,), FinishReason.LENGTH)
