@@ -40,7 +40,10 @@ def build_engine_core(config: EngineConfig, progress: Callable[[str], None] = la
     model_config = read_model_config(folder)
     dtype = resolve_dtype(config.dtype, folder, device)
     max_model_len = _max_model_len(config, model_config)
-    kernels = select_kernels(device)
+    try:
+        kernels = select_kernels(config.kernels, device, dtype, model_config.num_kv_heads)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     progress(f"loading {model_config.architecture} from {folder} as {str(dtype).removeprefix('torch.')} on {device}")
     model = load_model(folder, model_config, dtype, device, progress, kernels)
     return assemble(config, model, max_model_len, read_sampling_defaults(folder), kernels, progress)

@@ -110,7 +110,10 @@ class DecodeConfig:
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
-    """Everything the engine process needs. ``model`` is a folder; ``max_model_len`` None: what the checkpoint allows."""
+    """Everything the engine process needs. ``model`` is a folder or Hub id; ``max_model_len`` None: what the checkpoint allows.
+
+    ``kernels`` is ``auto``, ``reference`` (plain torch) or ``triton``.
+    """
 
     model: str
     revision: str | None = None
@@ -118,6 +121,7 @@ class EngineConfig:
     device: str = "auto"
     max_model_len: int | None = None
     num_threads: int | None = None
+    kernels: str = "auto"
     cache: CacheConfig = field(default_factory=CacheConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     decode: DecodeConfig = field(default_factory=DecodeConfig)

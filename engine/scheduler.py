@@ -263,9 +263,10 @@ class Scheduler:
         now = time.monotonic()
         request.first_token_at = request.first_token_at or now
         request.speculation = _count(request.speculation, judged)
-        if reason is None:
-            return RequestOutput(request.request_id, kept, num_cached_tokens=request.num_cached_tokens)
-        self._finish(request)
+        times = None
+        if reason is not None:
+            self._finish(request)
+            times = RequestTimes(request.message.arrival, request.scheduled_at, request.first_token_at, now)
         return RequestOutput(
             request.request_id,
             kept,
@@ -273,7 +274,7 @@ class Scheduler:
             stop_token_id=kept[-1] if reason is FinishReason.STOP else None,
             num_cached_tokens=request.num_cached_tokens,
             speculation=request.speculation,
-            times=RequestTimes(request.message.arrival, request.scheduled_at, request.first_token_at, now),
+            times=times,
         )
 
     def stats(self) -> EngineStats:

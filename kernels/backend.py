@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -47,6 +48,27 @@ REFERENCE = Kernels(
 """Plain torch on any device; the CPU path."""
 
 
-def select_kernels(device: torch.device) -> Kernels:
-    """The implementations for a device: the references everywhere, until a kernel is proven on the GPU in question."""
-    return REFERENCE
+def select_kernels(choice: str, device: torch.device, dtype: torch.dtype, num_kv_heads: int) -> Kernels:
+    """The implementations for a device. ``choice`` is ``auto``, ``reference`` or ``triton``.
+
+    ``auto`` is the reference everywhere, until the Triton attention is proven on a GPU. Raises ValueError with what to do when
+    Triton cannot serve the device or dtype.
+    """
+    if choice in ("auto", "reference"):
+        return REFERENCE
+    if choice != "triton":
+        raise ValueError(f"unknown kernels {choice!r}: use auto, reference or triton")
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
+        raise ValueError("the Triton kernels need a CUDA GPU of compute capability 8.0 or above: use --kernels reference")
+    if dtype not in (torch.float16, torch.bfloat16):
+        raise ValueError(f"the Triton kernels compute in float16 or bfloat16, not {dtype}: use --kernels reference")
+    try:
+        from kernels.paged_attention import triton
+    except ImportError as error:
+        raise ValueError("Triton is not installed: install it or use --kernels reference") from error
+    return replace(
+        REFERENCE,
+        name="triton attention, reference otherwise",
+        prepare_attention=functools.partial(triton.prepare, num_kv_heads=num_kv_heads),
+        paged_attention=triton.paged_attention,
+    )

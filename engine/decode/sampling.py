@@ -56,7 +56,7 @@ def process_logits(logits_QV: Tensor, sampling: RowSampling, mask_token_id: int 
     scale = torch.where(greedy, 1.0, sampling.temperature).to(logits.dtype)
     logits = logits / scale[:, None]
     if needs.min_p:
-        logits = _min_p(logits, sampling.min_p)
+        logits = _min_p(logits, torch.where(greedy, 0.0, sampling.min_p))
     if needs.top_k or needs.top_p:
         logits = _top_k_top_p(logits, torch.where(greedy, 0, sampling.top_k), torch.where(greedy, 1.0, sampling.top_p))
     return logits

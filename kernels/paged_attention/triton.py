@@ -1,28 +1,30 @@
 """Triton attention with the step's mask over a paged cache: the same contract as ``kernels.paged_attention.reference``.
 
 One program computes one *tile*: up to ``BLOCK_M`` query vectors of one request and one key/value head. Rows and the query
-heads that share the key/value head are flattened together (``packed = row * group + head in group``), because a draft-and-verify
-step has enough rows for large tiles to pay. A program walks the request's prefix through the block table, then the rows of
-the step that its own rows may see, with the online softmax of FlashAttention-2 (Dao, arXiv 2307.08691, algorithm 1) in
-float32 and base 2: ``2^(x log2 e) = e^x``.
+heads that share the key/value head are flattened together (``packed = row * group + head in group``), because a
+draft-and-verify step has enough rows for large tiles to pay. A program walks the request's prefix through the block table,
+then the rows of the step that its own rows may see, with the online softmax of FlashAttention-2 (Dao, arXiv 2307.08691,
+algorithm 1) in float32 and base 2: ``2^(x log2 e) = e^x``.
 
-* Prefix: no mask arithmetic except for the length check of the last block of keys. Slots at or beyond the prefix length are never
-  loaded, so whatever they hold (even NaN) is harmless. Lengths are read from device memory: the host knows only upper bounds,
-  nothing waits for the device, and nothing is specialised on them.
-* In-step rows: two small integers a row, see ``kernels.mask_layout``. Key blocks that no row of a tile can see are left
-  out: a tile visits the clean rows below its largest limit and the span of its own branches (one span, exact when rows are sorted by branch).
-* Context split: where tiles alone cannot fill the device, the prefix of a request is cut into pieces of ``split_size`` tokens, one program
-  each (the first also takes the in-step rows), and a second kernel merges the normalised partial outputs in a fixed order by
-  their log-sum-exp (FlashDecoding; the formula is that of FlashAttention-2, section 3.1).
+* Prefix: no mask arithmetic except for the length check of the last block of keys. Slots at or beyond the prefix length are
+  never loaded, so whatever they hold (even NaN) is harmless. Lengths are read from device memory: the host knows only upper
+  bounds, nothing waits for the device, and nothing is specialised on them.
+* In-step rows: two small integers a row, see ``kernels.mask_layout``. Key blocks that no row of a tile can see are left out:
+  a tile visits the clean rows below its largest limit and the span of its own branches (exact when rows are sorted by branch).
+* Context split: where tiles alone cannot fill the device, the prefix of a request is cut into pieces of ``split_size`` tokens,
+  one program each (the first also takes the in-step rows). A second kernel merges the normalised partial outputs in a fixed
+  order by their log-sum-exp, the rescaling of FlashAttention-2 (section 3.1) applied to whole pieces.
 
-``prepare`` makes the list of tiles from host integers and one asynchronous copy, and a small kernel adds each tile's in-step key blocks;
-all layers share it. Prepared once, ``paged_attention`` may be captured in a CUDA graph: it allocates, launches and never
-synchronises. Not there yet: a list built wholly on the device and a persistent grid (a captured step whose rows are
-distributed differently over its requests needs a new list), and bitwise batch invariance (a fixed ``split_size`` fixes the merge, but the tile
-height still follows the batch).
+``prepare`` makes the list of tiles from host integers and one asynchronous copy, and a small kernel adds each tile's in-step
+key blocks; all layers share it. After that ``paged_attention`` only allocates and launches.
 
-Page sizes: any. A page that is a multiple of the key block (64 keys, 32 in float32) costs one look-up a block; smaller ones are gathered, one
-look-up a key. Head sizes: any; tiles are padded to a power of two. Data types: float32 (in full precision, for tests), float16, bfloat16.
+Not there yet: a list made wholly on the device with a persistent grid (a captured step whose rows are spread differently over
+its requests needs a new list), and bitwise batch invariance (a fixed ``split_size`` fixes the merge, but the tile height still
+follows the batch).
+
+Page sizes: any. A page that is a multiple of the key block (64 keys, 32 in float32) costs one look-up a block; keys of other
+pages are gathered, one look-up a key. Head sizes: any; tiles are padded to a power of two. Data types: float16, bfloat16, and
+float32 in full precision (for tests).
 """
 
 from __future__ import annotations
@@ -44,8 +46,8 @@ _LOWEST = tl.constexpr(-1.0e30)
 """Start of the running maximum. Finite, so that a block in which a row sees nothing gives ``2^(-inf) = 0`` and not NaN."""
 
 _ITEM_FIELDS = tl.constexpr(12)
-"""int32 fields of a work item: request, first row, rows of the request, first packed index, split, number of splits, slot
-of the partial result; then, from the device: blocks of clean keys, blocks left out after them, blocks in all. Two are unused."""
+"""int32 fields of a work item: request, first row, rows of the request, first packed index, split, number of splits, slot of
+the partial result; then, filled in on the device: blocks of clean keys, blocks left out after them, blocks in all; 2 unused."""
 
 _MIN_TILE, _MAX_TILE, _MAX_TILE_FLOAT32 = 16, 128, 32
 _MIN_SPLIT_TOKENS, _MAX_SPLITS = 256, 64
@@ -85,8 +87,9 @@ def prepare(
 ) -> Prepared:
     """Make the work lists of a step, once for all layers. Nothing here waits for the device.
 
-    ``group_size`` is the number of query heads per key/value head. ``num_kv_heads`` is only used to guess how many programs run side by side.
-    ``split_size`` is the number of prefix tokens per program, a multiple of the key block: None lets the load decide, 0 means no split.
+    ``group_size`` is the number of query heads per key/value head. ``num_kv_heads`` only serves to tell whether the tiles fill
+    the device. ``split_size`` is the number of prefix tokens per program, a multiple of the key block: None lets the load
+    decide, 0 means no split.
     """
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"the Triton attention does not compute in {dtype}")
@@ -165,10 +168,9 @@ def paged_attention(
     Shapes: q [R, H, D]; k, v [R, G, D]; caches [pages, G, page_size, D]. Any strides, as long as the last one is 1.
     """
     head_dim, num_kv_heads = q.shape[2], k.shape[1]
-    assert all(t.stride(2) == 1 for t in (q, k, v)) and k_cache.stride(3) == v_cache.stride(3) == 1
-    assert k_cache.shape[2] == prepared.page_size and q.shape[1] == num_kv_heads * prepared.group_size
     metadata = prepared.metadata
-    assert metadata.block_table.stride(1) == 1
+    assert all(t.stride(-1) == 1 for t in (q, k, v, k_cache, v_cache, metadata.block_table))
+    assert (k_cache.shape[2], q.shape[1]) == (prepared.page_size, num_kv_heads * prepared.group_size)
     block_d = max(16, triton.next_power_of_2(head_dim))
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     for launch in prepared.launches:
@@ -232,7 +234,7 @@ def paged_attention(
 def _bound_tiles_kernel(
     items, limit, branch, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, STEP_N: tl.constexpr, SCAN: tl.constexpr
 ):
-    """Find which blocks of in-step keys a tile has to visit: ``clean_blocks`` first ones, then, after a gap, a span of mask rows."""
+    """Find the blocks of in-step keys that a tile visits: the first ``clean_blocks``; after a gap, a span of mask rows."""
     item = items + tl.program_id(0) * _ITEM_FIELDS
     first_row = tl.load(item + 1)
     num_rows = tl.load(item + 2)
@@ -264,7 +266,7 @@ def _bound_tiles_kernel(
 
 @triton.jit
 def _accumulate(acc, peak, total, scores, v):
-    """One step of the online softmax: fold scores [M, N] (base 2, unseen keys at -inf) and values [N, D] into the running state."""
+    """Fold scores [M, N] (base 2, unseen keys at -inf) and values [N, D] into the running state of the online softmax."""
     new_peak = tl.maximum(peak, tl.max(scores, 1))
     decay = tl.exp2(peak - new_peak)
     weights = tl.exp2(scores - new_peak[:, None])
@@ -410,8 +412,8 @@ def _attention_kernel(
     stored = valid
     if SPLIT:
         cell = (tl.load(item + 6) * tl.num_programs(1) + kv_head) * BLOCK_M + tl.arange(0, BLOCK_M)
-        to_merge = valid & (num_splits > 1)
-        stored = valid & (num_splits == 1)
+        to_merge = row < tl.where(num_splits > 1, num_rows, 0)
+        stored = row < tl.where(num_splits > 1, 0, num_rows)
         tl.store(partial_lse + cell, tl.where(seen, peak + tl.log2(divisor), float("-inf")), mask=to_merge)
         tl.store(partial + cell[:, None] * BLOCK_D + dim[None, :], result, mask=to_merge[:, None])
     out_pointers = out + (row_in_step * out_row_stride + head * out_head_stride)[:, None] + dim[None, :]
@@ -431,7 +433,7 @@ def _merge_kernel(
     GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """Merge the splits of a tile, in their order: outputs weighted by ``2^lse``. Runs on each tile's first item and skips the others."""
+    """Merge the splits of a tile in their order, each weighted by ``2^lse``. Items other than a tile's first do nothing."""
     item = items + tl.program_id(0) * _ITEM_FIELDS
     kv_head = tl.program_id(1).to(tl.int64)
     first_row = tl.load(item + 1)
