@@ -7,6 +7,7 @@ medians over rounds. Answers are greedy and must equal those of ``ar`` or the ru
 from __future__ import annotations
 
 import argparse
+import functools
 import random
 import statistics
 import time
@@ -45,6 +46,10 @@ class Sample:
     forwards: int
     steps: int
     rows: int
+
+
+Run = Callable[[], tuple[Sample, list[tuple[int, ...]]]]
+"""Runs a configuration once: what it took, and the answers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +130,7 @@ def plans(quick: bool) -> list[tuple[str, DecodingMode, int | None, int | None]]
     return found
 
 
-def measure(runs: dict[str, Callable[[], tuple[Sample, list[tuple[int, ...]]]]], rounds: int) -> dict[str, list[Sample]]:
+def measure(runs: dict[str, Run], rounds: int) -> dict[str, list[Sample]]:
     """Run every configuration once a round. Raises SystemExit if an answer differs from that of ``ar``."""
     samples: dict[str, list[Sample]] = {name: [] for name in runs}
     for number in range(rounds + 1):
@@ -203,12 +208,9 @@ def main() -> None:
     for set_name, prompts in prompt_sets(tokenizer, arguments.prompts).items():
         for batch in arguments.batch:
             cores = {name: engines.build(mode, k, b, batch) for name, mode, k, b in plans(arguments.quick)}
-            runs: dict[str, Callable[[], tuple[Sample, list[tuple[int, ...]]]]] = {
-                name: lambda core=core: run_engine(core, prompts)
-                for name, core in cores.items()  # type: ignore[misc]
-            }
-            runs["transformers generate"] = lambda: run_transformers(
-                peer, prompts, batch, tokenizer.pad_token_id, config.eos_token_ids[0]
+            runs: dict[str, Run] = {name: functools.partial(run_engine, core, prompts) for name, core in cores.items()}
+            runs["transformers generate"] = functools.partial(
+                run_transformers, peer, prompts, batch, tokenizer.pad_token_id, config.eos_token_ids[0]
             )
             rows += summarise(set_name, batch, measure(runs, arguments.rounds), len(prompts))
     header = (

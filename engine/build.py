@@ -133,7 +133,8 @@ def _block_length(config: EngineConfig, model: ModelConfig) -> int | None:
         return None
     if wanted is not None and not 2 <= wanted <= model.tidar.block_length:
         raise ConfigError(
-            f"block_length {wanted} is not between 2 and {model.tidar.block_length}, the length this checkpoint was trained with"
+            f"block_length {wanted} is not between 2 and {model.tidar.block_length}, the length this checkpoint was trained "
+            "with"
         )
     return wanted or model.tidar.block_length
 
@@ -172,8 +173,8 @@ def _num_pages(config: EngineConfig, model: ModelConfig, max_model_len: int, dty
     if num_pages - 1 < per_sequence:
         size = page_bytes(model, page_size, dtype) / 2**20
         raise ConfigError(
-            f"the KV cache has room for {max(0, num_pages - 1)} pages of {page_size} tokens ({size:.2f} MiB each), but one request "
-            f"of max_model_len {max_model_len} needs {per_sequence}: lower --max-model-len or raise --num-pages "
+            f"the KV cache has room for {max(0, num_pages - 1)} pages of {page_size} tokens ({size:.2f} MiB each), but one "
+            f"request of max_model_len {max_model_len} needs {per_sequence}: lower --max-model-len or raise --num-pages "
             "(on a GPU: --gpu-memory-utilization)"
         )
     return num_pages

@@ -74,8 +74,8 @@ class RequestOutput:
     """What one step gave one request. After ``finish_reason`` nothing follows.
 
     ``stop_token_id`` is the EOS or stop id that ended the request; it is the last of ``token_ids``. ``error`` is a message
-    for the client, set with ``FinishReason.ERROR`` only. ``speculation`` is the request's total so far: the server may end it at a
-    stop string at any time. ``times`` come with the last output.
+    for the client, set with ``FinishReason.ERROR`` only. ``speculation`` is the request's total so far: the server may end
+    it at a stop string at any time. ``times`` come with the last output.
     """
 
     request_id: str

@@ -62,7 +62,7 @@ class PagePool:
         return self._by_hash.get(prefix_hash)
 
     def publish(self, page: int, prefix_hash: bytes) -> None:
-        """Make a full page of exact, causally computed K/V shareable. The first page with a hash stays the one that is found."""
+        """Make a full page of exact, causally computed K/V shareable. The first page with a hash is the one that is found."""
         if prefix_hash not in self._by_hash:
             self._by_hash[prefix_hash] = page
             self._hashes[page] = prefix_hash

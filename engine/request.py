@@ -38,7 +38,7 @@ class Request:
     in_flight: list[ScheduledRequest] = field(default_factory=list)
     num_cached_tokens: int = 0
     num_preemptions: int = 0
-    speculation: SpeculationStats = SpeculationStats()
+    speculation: SpeculationStats = field(default_factory=SpeculationStats)
     scheduled_at: float = 0.0
     first_token_at: float = 0.0
 
