@@ -55,6 +55,16 @@ class Request:
         return len(self.token_ids) - len(self.message.prompt_token_ids)
 
     @property
+    def max_computed(self) -> int:
+        """Positions that can ever be computed: all tokens but the last one, which needs no K/V."""
+        return self.num_prompt_tokens + self.message.sampling.max_tokens - 1
+
+    @property
+    def num_rows_in_flight(self) -> int:
+        """Clean rows of launched steps that the host has not read: at most so many positions more are being computed."""
+        return sum(len(s.prefill_token_ids) + s.draft_plan.num_drafts for s in self.in_flight)
+
+    @property
     def wanted(self) -> int:
         """Tokens that may still be emitted, as far as the host has read."""
         return self.message.sampling.max_tokens - self.num_output_tokens

@@ -174,7 +174,8 @@ class Scheduler:
         cache = _cache_of(request)
         while True:
             first = len(cache.page_ids)
-            pages = self.kv.allocate(cache, start + plan.num_drafts)
+            # A bound of a launched step may lie beyond what the request can ever fill.
+            pages = self.kv.allocate(cache, min(start + plan.num_drafts, request.max_computed))
             if pages is not None:
                 if pages:
                     builder.page_updates.append(PageUpdate(request.slot, first, pages))
@@ -255,8 +256,7 @@ class Scheduler:
         cache = _cache_of(request)
         self.kv.commit(cache, len(share.prefill_token_ids) + len(kept), request.token_ids)
         # Drafts that were rejected give their pages back, except those that a launched step may write to.
-        in_flight = sum(len(s.prefill_token_ids) + s.draft_plan.num_drafts for s in request.in_flight)
-        self.kv.truncate(cache, cache.num_computed + in_flight)
+        self.kv.truncate(cache, min(cache.num_computed + request.num_rows_in_flight, request.max_computed))
         self.counters.count_share(share, judged, len(kept))
         if not kept:
             return None
@@ -288,10 +288,10 @@ class Scheduler:
         assert sorted(slots + self._free_slots) == list(range(self.config.max_num_seqs)), "a slot is lost or shared"
         assert {r.request_id for r in [*self.running, *self.waiting]} == set(self.requests), "a request is lost"
         for request in self.running:
-            in_flight = sum(len(s.prefill_token_ids) + s.draft_plan.num_drafts for s in request.in_flight)
             cache = _cache_of(request)
+            reach = min(cache.num_computed + request.num_rows_in_flight, request.max_computed)
             assert cache.num_computed <= len(request.token_ids) - 1, "the last token has no K/V yet"
-            assert len(cache.page_ids) >= self.kv.pages_for(cache.num_computed + in_flight), "a launched step lacks a page"
+            assert len(cache.page_ids) >= self.kv.pages_for(reach), "a launched step lacks a page"
 
 
 def _cache_of(request: Request) -> SequenceCache:

@@ -161,14 +161,8 @@ def test_the_newest_request_is_preempted_and_comes_back_with_all_its_tokens() ->
     assert plan.requests[0].request_id == "b"
     assert (first.last_token_id, first.wanted) == (2, 28)
     assert first.num_computed + len(plan.requests[0].prefill_token_ids) == 8
+    assert shares(plan)["b"][1:] == (1, 1), "the drafts that it held are gone"
     assert scheduler.counters.prompt_tokens == 7 + 7 + 1, "a prompt is counted once"
-
-
-def test_nobody_is_admitted_in_the_step_of_a_preemption() -> None:
-    scheduler = at_the_end_of_their_pages()
-    plan = plan_of(scheduler)
-    assert scheduler.kv.pool.num_free > 0, "there would be room"
-    assert plan.admissions == ()
 
 
 def test_a_request_waits_until_its_prompt_and_one_token_have_room() -> None:

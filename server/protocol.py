@@ -1,0 +1,195 @@
+"""The wire types of the OpenAI-compatible routes.
+
+Requests keep the fields that they do not declare in ``model_extra``; ``server/fields.py`` decides about those. Answers are
+written with the fields that were set and no others, so a null on the wire was put there on purpose.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StrictInt
+
+MAX_STOP_STRINGS = 16
+
+TokenId = StrictInt
+StopStrings = str | Annotated[list[str], Field(max_length=MAX_STOP_STRINGS)]
+
+
+class StreamOptions(BaseModel):
+    """What a stream carries besides text."""
+
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+
+
+class GenerationFields(BaseModel):
+    """The fields that chat and text completions share. A null means the same as an absent field."""
+
+    model_config = ConfigDict(extra="allow")
+
+    model: str | None = None
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    n: int | None = None
+    seed: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    stop: StopStrings | None = None
+    stop_token_ids: list[TokenId] | None = None
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    return_token_ids: bool | None = None
+    decoding: str | None = None
+    cache_salt: str | None = None
+
+    @property
+    def extra(self) -> dict[str, Any]:
+        """The fields that are not declared here."""
+        return self.model_extra or {}
+
+
+class ChatMessage(BaseModel):
+    """One message of the conversation; fields that only templates know stay in ``model_extra``."""
+
+    model_config = ConfigDict(extra="allow")
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[dict[str, Any]] | None = None
+
+
+class ChatCompletionRequest(GenerationFields):
+    """``POST /v1/chat/completions``."""
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    chat_template_kwargs: dict[str, Any] | None = None
+    reasoning_effort: str | None = None
+
+
+class CompletionRequest(GenerationFields):
+    """``POST /v1/completions``."""
+
+    prompt: str | list[TokenId] | list[str] | list[list[TokenId]]
+
+
+class TokenizeRequest(BaseModel):
+    """``POST /tokenize``: a text or a conversation."""
+
+    prompt: str | None = None
+    messages: list[ChatMessage] | None = None
+    add_special_tokens: bool = True
+    return_token_strs: bool = False
+
+
+class DetokenizeRequest(BaseModel):
+    """``POST /detokenize``."""
+
+    tokens: list[TokenId]
+
+
+class _Answer(BaseModel):
+    def json_line(self) -> str:
+        """JSON text on one line, with the fields that were set."""
+        return self.model_dump_json(exclude_unset=True)
+
+
+class PromptTokensDetails(BaseModel):
+    """How much of the prompt was found in the prefix cache."""
+
+    cached_tokens: int
+
+
+class Usage(BaseModel):
+    """Tokens of the request; the prompt counts once, whatever ``n``."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+
+
+class SpeculativeDecoding(BaseModel):
+    """What drafting did, over all choices. The first two are null where nothing was drafted."""
+
+    mean_acceptance_length: float | None
+    draft_acceptance_rate: float | None
+    num_spec_steps: int
+    num_draft_tokens: int
+    num_accepted_draft_tokens: int
+    tokens_per_forward: float | None
+
+
+class ResponseMetrics(BaseModel):
+    """Measurements of this one request."""
+
+    speculative_decoding: SpeculativeDecoding
+
+
+class _ChoiceEnd(BaseModel):
+    index: int
+    finish_reason: str | None = None
+    stop_reason: str | int | None = None
+    logprobs: None = None
+    token_ids: list[int] | None = None
+
+
+class AssistantMessage(BaseModel):
+    """The answer of a chat choice, or a part of it in a stream."""
+
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+
+
+class ChatChoice(_ChoiceEnd):
+    """One finished chat choice."""
+
+    message: AssistantMessage
+
+
+class ChatChunkChoice(_ChoiceEnd):
+    """What a chunk adds to one chat choice."""
+
+    delta: AssistantMessage
+
+
+class CompletionChoice(_ChoiceEnd):
+    """One text choice, or what a chunk adds to it."""
+
+    text: str
+    prompt_token_ids: list[int] | None = None
+
+
+class Completion(_Answer):
+    """The frame of every answer and chunk."""
+
+    id: str
+    object: str
+    created: int
+    model: str
+    choices: list[ChatChoice] | list[ChatChunkChoice] | list[CompletionChoice]
+    usage: Usage | None = None
+    metrics: ResponseMetrics | None = None
+    prompt_token_ids: list[int] | None = None
+
+
+class ModelCard(_Answer):
+    """One served model name."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str
+    root: str
+    parent: None = None
+    max_model_len: int
+
+
+class ModelList(_Answer):
+    """``GET /v1/models``."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelCard]

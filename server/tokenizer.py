@@ -1,0 +1,160 @@
+"""The tokenizer and chat template of a checkpoint. Text lives in the server; the engine knows token ids only."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+
+from server.errors import invalid
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json", "spiece.model")
+
+_TEMPLATE_ARGUMENTS = frozenset(
+    {
+        "conversation",
+        "messages",
+        "tools",
+        "documents",
+        "chat_template",
+        "tokenize",
+        "add_generation_prompt",
+        "continue_final_message",
+        "padding",
+        "truncation",
+        "max_length",
+        "return_tensors",
+        "return_dict",
+        "return_assistant_tokens_mask",
+        "tokenizer_kwargs",
+    }
+)
+"""What ``apply_chat_template`` takes itself, and a client's ``chat_template_kwargs`` must not reach."""
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+class TokenizerError(Exception):
+    """The tokenizer cannot be loaded; the message is one line that says what to do."""
+
+
+class Tokenizer:
+    """Text to token ids and back, around a Transformers tokenizer."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        # Transformers warns about prompts longer than this. The context is checked elsewhere, with the engine's length.
+        tokenizer.model_max_length = sys.maxsize
+        self._backend = getattr(tokenizer, "backend_tokenizer", None)
+        added = tokenizer.added_tokens_decoder
+        self.special_ids: frozenset[int] = frozenset(i for i, token in added.items() if token.special)
+        self.num_tokens: int = len(tokenizer)
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether conversations can be rendered."""
+        return bool(self._tokenizer.chat_template)
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """Token ids of ``text``; ``add_special_tokens`` adds what the checkpoint puts around a text, such as BOS.
+
+        Raises a 400 for text that is not Unicode: JSON can spell half of a surrogate pair.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise invalid(
+                f"the text holds half of a surrogate pair at character {error.start}; send whole characters"
+            ) from None
+        ids: list[int] = self._tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
+        return ids
+
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]], template_kwargs: Mapping[str, Any]) -> list[int]:
+        """Render the conversation with the checkpoint's template and encode it; the template writes BOS where one belongs.
+
+        Raises a 400 when there is no template, or when the template refuses the conversation.
+        """
+        if not self.has_chat_template:
+            raise invalid("this model has no chat template; use /v1/completions", "messages")
+        reserved = sorted(_TEMPLATE_ARGUMENTS & template_kwargs.keys())
+        if reserved:
+            raise invalid(f"chat_template_kwargs must not set {reserved[0]}", "chat_template_kwargs")
+        try:
+            text = self._tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=True, **template_kwargs
+            )
+        except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+            # The template is a program of the checkpoint, and what it is fed comes from the client.
+            raise invalid(f"the chat template refuses this conversation: {str(error)[:200]}", "messages") from error
+        return self.encode(text, add_special_tokens=False)
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
+        """The text of ``token_ids``; bytes that are not UTF-8 come out as U+FFFD, ids past the vocabulary as nothing."""
+        known = [i for i in token_ids if i < self.num_tokens]
+        if self._backend is not None:
+            text: str = self._backend.decode(known, skip_special_tokens=skip_special_tokens)
+            return text
+        text = self._tokenizer.decode(known, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
+        return text
+
+    def token_strings(self, token_ids: Sequence[int]) -> list[str]:
+        """The vocabulary's spelling of each token."""
+        strings: list[str] = self._tokenizer.convert_ids_to_tokens(list(token_ids))
+        return strings
+
+
+def load_tokenizer(model: str, revision: str | None = None) -> Tokenizer:
+    """Load from a checkpoint folder, or by a Hub id. Raises TokenizerError."""
+    _check_folder(model)
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    try:
+        return Tokenizer(AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=False))
+    except Exception as error:
+        if not (Path(model) / "tokenizer.json").is_file():
+            raise TokenizerError(f"cannot load the tokenizer of {model}: {_first_line(error)}") from error
+    # An architecture that Transformers does not know hides a tokenizer that it can read all the same.
+    try:
+        return Tokenizer(PreTrainedTokenizerFast.from_pretrained(model))
+    except Exception as error:
+        raise TokenizerError(f"cannot load the tokenizer of {model}: {_first_line(error)}") from error
+
+
+@contextlib.contextmanager
+def torch_hidden() -> Iterator[None]:
+    """Let Transformers be imported without torch, which it needs for models only and which takes seconds and memory to load.
+
+    For a process that never runs a model: Transformers remembers what it found. Nothing happens where torch is loaded already.
+    """
+    if "torch" in sys.modules:
+        yield
+        return
+    quiet = "TRANSFORMERS_NO_ADVISORY_WARNINGS"  # else it advises to install PyTorch
+    before = os.environ.get(quiet)
+    os.environ[quiet] = "1"
+    sys.modules["torch"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules["torch"]
+        if before is None:
+            del os.environ[quiet]
+
+
+def _check_folder(model: str) -> None:
+    folder = Path(model)
+    if folder.is_dir():
+        if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+            raise TokenizerError(f"{model} has no tokenizer files: expected one of {', '.join(TOKENIZER_FILES)}")
+    elif not _HUB_ID.fullmatch(model):
+        raise TokenizerError(f"there is no folder {model}; give a checkpoint folder or a Hub id such as org/name")
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
