@@ -19,34 +19,13 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.bundled import MAX_TOKENS, MODEL, Sample, build_engine, run_engine
 from benchmarks.report import finish, table
 from benchmarks.stdlib_questions import load_held_out
-from engine.build import assemble
-from engine.config import CacheConfig, DecodeConfig, EngineConfig, SchedulerConfig
-from engine.core import EngineCore
-from engine.messages import GenerateRequest, SamplingDefaults
 from engine.models.hf_config import read_model_config
 from engine.models.loader import load_model
-from engine.models.transformer import Transformer
-from engine.sampling_params import DecodingMode, SamplingParams
-from kernels.backend import REFERENCE
+from engine.sampling_params import DecodingMode
 from training.corpus.build import build_corpus
-
-MODEL = Path(__file__).parents[1] / "server" / "bundled_model"
-MAX_TOKENS = 96
-MAX_MODEL_LEN = 512
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """One timed pass over a prompt set."""
-
-    seconds: float
-    tokens: int
-    forwards: int
-    steps: int
-    rows: int
-
 
 Run = Callable[[], tuple[Sample, list[tuple[int, ...]]]]
 """Runs a configuration once: what it took, and the answers."""
@@ -65,38 +44,6 @@ class Row:
     rows_per_step: float
     ms_per_step: float
     speedup: float
-
-
-class Engines:
-    """Engines around one model: one per draft plan and batch size."""
-
-    def __init__(self, model: Transformer) -> None:
-        self.model = model
-
-    def build(self, mode: DecodingMode, block_length: int | None, branches: int | None, batch: int) -> EngineCore:
-        config = EngineConfig(
-            str(MODEL),
-            cache=CacheConfig(num_pages=1 + batch * MAX_MODEL_LEN // 64, enable_prefix_caching=False),
-            scheduler=SchedulerConfig(max_num_seqs=batch),
-            decode=DecodeConfig(mode.value, block_length, branches),
-        )
-        return assemble(config, self.model, MAX_MODEL_LEN, SamplingDefaults(), REFERENCE)
-
-
-def run_engine(core: EngineCore, prompts: list[list[int]]) -> tuple[Sample, list[tuple[int, ...]]]:
-    """All prompts through one engine; as many at a time as it has slots."""
-    answers: dict[str, list[int]] = {str(i): [] for i in range(len(prompts))}
-    before, begun = core.scheduler.stats(), time.perf_counter()
-    for i, prompt in enumerate(prompts):
-        core.add(GenerateRequest(str(i), tuple(prompt), SamplingParams(MAX_TOKENS, temperature=0.0)))
-    while core.has_work:
-        for output in core.step().outputs:
-            answers[output.request_id] += output.token_ids
-    seconds, after = time.perf_counter() - begun, core.scheduler.stats()
-    rows = sum(getattr(after, f) - getattr(before, f) for f in ("prefill_rows", "draft_rows", "mask_rows"))
-    tokens = after.generation_tokens - before.generation_tokens
-    sample = Sample(seconds, tokens, after.forwards - before.forwards, after.num_steps - before.num_steps, rows)
-    return sample, [tuple(a) for a in answers.values()]
 
 
 def run_transformers(
@@ -202,12 +149,12 @@ def main() -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     config = read_model_config(MODEL)
-    engines = Engines(load_model(MODEL, config, torch.float32, torch.device("cpu"), lambda message: None, REFERENCE))
+    model = load_model(MODEL, config, torch.float32, torch.device("cpu"))
     peer = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
     rows: list[Row] = []
     for set_name, prompts in prompt_sets(tokenizer, arguments.prompts).items():
         for batch in arguments.batch:
-            cores = {name: engines.build(mode, k, b, batch) for name, mode, k, b in plans(arguments.quick)}
+            cores = {name: build_engine(model, mode, k, b, batch) for name, mode, k, b in plans(arguments.quick)}
             runs: dict[str, Run] = {name: functools.partial(run_engine, core, prompts) for name, core in cores.items()}
             runs["transformers generate"] = functools.partial(
                 run_transformers, peer, prompts, batch, tokenizer.pad_token_id, config.eos_token_ids[0]

@@ -8,14 +8,21 @@ from __future__ import annotations
 import argparse
 import json
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from transformers import AutoTokenizer
+
+from benchmarks.bundled import MODEL, build_engine, run_engine
+from engine.models.hf_config import read_model_config
+from engine.models.loader import load_model
+from engine.sampling_params import DecodingMode
 from training.corpus.build import Item, build_corpus
 
 DATA = Path(__file__).parent / "data" / "stdlib_held_out.json"
 REFUSALS = ("I only know", "I don't know that name")
-_PREFIX = {"about": "about", "reverse": "reverse", "module": "module", "smalltalk": "smalltalk"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,49 +49,53 @@ class Judge:
         """Every required string is there and no forbidden one; a refusal is right where nothing is known."""
         if question.intent == "refusal":
             return answer.startswith(REFUSALS)
-        item = self.items[f"{_PREFIX[question.intent]}:{question.name}"]
+        item = self.items[f"{question.intent}:{question.name}"]
         return all(s in answer for s in item.required) and not any(s in answer for s in item.forbidden)
 
 
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """A question with the model's greedy answer."""
+
+    question: HeldOut
+    answer: str
+    is_right: bool
+
+
+def ask(folder: Path, questions: Sequence[HeldOut], branches: int | None) -> tuple[list[Answered], float]:
+    """Ask every question greedily, eight at a time; the answers, and the tokens per decode step (the prompt's not counted)."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = load_model(folder, read_model_config(folder), torch.float32, torch.device("cpu"))
+    prompts = []
+    for question in questions:
+        messages = [{"role": "user", "content": question.question}]
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        prompts.append(tokenizer(text, add_special_tokens=False)["input_ids"])
+    sample, answers = run_engine(build_engine(model, DecodingMode.TIDAR, None, branches, 8), prompts)
+    judge = Judge()
+    answered = []
+    for question, token_ids in zip(questions, answers, strict=True):
+        answer = tokenizer.decode(token_ids, skip_special_tokens=True)
+        answered.append(Answered(question, answer, judge.is_right(question, answer)))
+    return answered, (sample.tokens - len(prompts)) / (sample.forwards - len(prompts))
+
+
 def main() -> None:
-    """Ask every question greedily through the engine and count."""
-    import torch
-    from transformers import AutoTokenizer
-
-    from benchmarks.decode_modes import Engines, run_engine
-    from engine.models.hf_config import read_model_config
-    from engine.models.loader import load_model
-    from engine.sampling_params import DecodingMode
-    from kernels.backend import REFERENCE
-
+    """Ask both sets and count."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", type=Path, default=Path(__file__).parents[1] / "server" / "bundled_model")
+    parser.add_argument("--model", type=Path, default=MODEL)
+    parser.add_argument("--branches", type=int, help="branches a step (default: all)")
     parser.add_argument("--show", action="store_true", help="print the wrong answers")
     arguments = parser.parse_args()
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    model = load_model(
-        arguments.model, read_model_config(arguments.model), torch.float32, torch.device("cpu"), lambda m: None, REFERENCE
-    )
-    core = Engines(model).build(DecodingMode.TIDAR, None, None, 8)
-    judge = Judge()
     for name, questions in load_held_out().items():
-        prompts = []
-        for q in questions:
-            messages = [{"role": "user", "content": q.question}]
-            text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-            prompts.append(tokenizer(text, add_special_tokens=False)["input_ids"])
-        sample, answers = run_engine(core, prompts)
-        right: Counter[str] = Counter()
-        for q, tokens in zip(questions, answers, strict=True):
-            answer = tokenizer.decode(tokens, skip_special_tokens=True)
-            good = judge.is_right(q, answer)
-            right[q.intent] += good
-            if arguments.show and not good:
-                print(f"  [{q.intent} {q.name}] {q.question!r} -> {answer!r}")
-        totals = Counter(q.intent for q in questions)
+        answered, per_step = ask(arguments.model, questions, arguments.branches)
+        for a in answered:
+            if arguments.show and not a.is_right:
+                print(f"  [{a.question.intent} {a.question.name}] {a.question.question!r} -> {a.answer!r}")
+        totals = Counter(a.question.intent for a in answered)
+        right = Counter(a.question.intent for a in answered if a.is_right)
         parts = ", ".join(f"{intent} {right[intent]}/{totals[intent]}" for intent in totals)
-        per_step = (sample.tokens - len(prompts)) / (sample.forwards - len(prompts))
-        print(f"{name}: {right.total()} of {len(questions)} right ({parts}); {per_step:.2f} tokens per decode step")
+        print(f"{name}: {right.total()} of {len(answered)} right ({parts}); {per_step:.2f} tokens per decode step")
 
 
 if __name__ == "__main__":
