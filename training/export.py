@@ -76,5 +76,5 @@ def export(model: Transformer, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     save_file(hf_tensors(model), folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(hf_config(model.config), indent=2) + "\n")
-    generation = {"eos_token_id": [END], "temperature": 0.0}
+    generation = {"eos_token_id": [END], "do_sample": False}
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
