@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 
 NULL_PAGE = 0
-"""Rows that must leave no trace write here. It belongs to nobody and is never read."""
+"""Rows that must leave no trace write here. It belongs to nobody, and what it holds is masked wherever it is gathered."""
 
 
 class PagePool:

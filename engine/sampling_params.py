@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 MAX_SEED = 2**64
 
+MIN_TEMPERATURE = 1e-5
+"""Below this, logits divided by the temperature overflow float32; such requests are greedy, as they would be in the limit."""
+
 
 class DecodingMode(enum.Enum):
     """How a request is decoded. Every mode here gives the same tokens; they differ in speed."""
@@ -21,7 +24,8 @@ class DecodingMode(enum.Enum):
 class SamplingParams:
     """Sampling of one choice.
 
-    ``temperature`` 0 is greedy. ``top_k`` 0 keeps all tokens. ``seed`` is always set (the server draws one when the client
+    ``temperature`` 0 is greedy, and anything below ``MIN_TEMPERATURE`` becomes 0.
+    ``top_k`` 0 keeps all tokens. ``seed`` is always set (the server draws one when the client
     sends none): the noise of a token is a pure function of the seed, its position and its id. ``max_tokens`` counts emitted
     tokens. ``stop_token_ids`` end the request like an EOS id, also with ``ignore_eos``.
     """
@@ -41,6 +45,8 @@ class SamplingParams:
             raise ValueError(f"max_tokens must be at least 1, got {self.max_tokens}")
         if not 0.0 <= self.temperature <= 2.0:
             raise ValueError(f"temperature must be between 0 and 2, got {self.temperature}")
+        if self.temperature < MIN_TEMPERATURE:
+            object.__setattr__(self, "temperature", 0.0)
         if not 0.0 < self.top_p <= 1.0:
             raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
         if self.top_k < 0:

@@ -121,26 +121,31 @@ class Scheduler:
     def schedule(self) -> StepPlan | None:
         """Plan the next step: running requests oldest first, then waiting ones while rows, slots and pages last."""
         builder = _PlanBuilder(self.config.max_num_batched_tokens)
-        for request in list(self.running):
-            if request.status is RequestStatus.RUNNING and builder.budget > 0:
-                self._schedule(request, builder)
+        running = list(self.running)
+        # Drafts and branches of running requests neither take the row of another one nor keep a waiting one out of a free slot.
+        kept_back = self.config.max_num_batched_tokens // 4 if self.waiting and self._free_slots else 0
+        for place, request in enumerate(running):
+            others = len(running) - place - 1
+            if request.status is RequestStatus.RUNNING and builder.budget > others:
+                self._schedule(request, builder, max(1, builder.budget - others - kept_back))
         while self.waiting and builder.budget > 0 and not builder.preempted and self._free_slots:
             if not self._admit(self.waiting[0], builder):
                 break
         self._step_id += 1
         return builder.build(self._step_id)
 
-    def _schedule(self, request: Request, builder: _PlanBuilder) -> None:
+    def _schedule(self, request: Request, builder: _PlanBuilder, budget: int) -> None:
+        """Give a request its share of the step, at most ``budget`` rows."""
         cache = _cache_of(request)
         computed = cache.num_computed + sum(len(s.prefill_token_ids) for s in request.in_flight)
         drafts_in_flight = sum(s.draft_plan.num_drafts for s in request.in_flight)
         max_computed = computed + drafts_in_flight
         last = len(request.token_ids) - 1
         # Once drafts are in flight the prompt is done, and ``token_ids`` lags behind what the device has computed.
-        prefill = () if drafts_in_flight else tuple(request.token_ids[computed : min(last, computed + builder.budget)])
+        prefill = () if drafts_in_flight else tuple(request.token_ids[computed : min(last, computed + budget)])
         plan = NO_DRAFTS
         if computed + len(prefill) >= last:
-            plan = self._draft_plan(request, builder.budget - len(prefill))
+            plan = self._draft_plan(request, budget - len(prefill))
         if not prefill and plan.num_drafts == 0:
             return
         plan = self._reserve(request, max_computed + len(prefill), plan, builder)
@@ -208,7 +213,7 @@ class Scheduler:
             request.scheduled_at = time.monotonic()
             request.num_cached_tokens = cache.num_computed
             self.counters.count_admission(request, cache.num_computed)
-        self._schedule(request, builder)
+        self._schedule(request, builder, builder.budget)
         return True
 
     def _preempt(self, request: Request) -> None:

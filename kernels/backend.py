@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from kernels.kv_write import reference as kv_write_reference
+from kernels.linear import packed as packed_linear
+from kernels.linear import reference as linear_reference
 from kernels.paged_attention import reference as paged_attention_reference
 from kernels.paged_attention.metadata import AttentionMetadata
 from kernels.rms_norm import reference as rms_norm_reference
@@ -26,6 +28,7 @@ class Kernels:
     """
 
     name: str
+    linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
     rope: Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -37,6 +40,7 @@ class Kernels:
 
 REFERENCE = Kernels(
     name="reference",
+    linear=linear_reference.linear,
     rms_norm=rms_norm_reference.rms_norm,
     add_rms_norm=rms_norm_reference.add_rms_norm,
     rope=rope_reference.rope,
@@ -45,15 +49,17 @@ REFERENCE = Kernels(
     prepare_attention=paged_attention_reference.prepare,
     paged_attention=paged_attention_reference.paged_attention,
 )
-"""Plain torch on any device; the CPU path."""
+"""Plain torch on any device, with gradients: training uses it, too."""
 
 
 def select_kernels(choice: str, device: torch.device, dtype: torch.dtype, num_kv_heads: int) -> Kernels:
     """The implementations for a device. ``choice`` is ``auto``, ``reference`` or ``triton``.
 
-    ``auto`` is the reference everywhere, until the Triton attention is proven on a GPU. Raises ValueError with what to do when
-    Triton cannot serve the device or dtype.
+    ``auto`` is the reference, with packed linear layers on a CPU; the Triton attention has to be asked for until it is proven
+    on a GPU. Raises ValueError with what to do when Triton cannot serve the device or dtype.
     """
+    if choice == "auto" and device.type == "cpu" and dtype == torch.float32 and packed_linear.is_available():
+        return replace(REFERENCE, name="reference, packed linear layers", linear=packed_linear.PackedLinear())
     if choice in ("auto", "reference"):
         return REFERENCE
     if choice != "triton":

@@ -62,18 +62,18 @@ class DecoderLayer(nn.Module):
             x_RE, residual_RE = ops.add_rms_norm(x_RE, residual_RE, self.input_norm, self.eps)
         x_RE = self._attend(x_RE, cos_RD, sin_RD, attention)
         x_RE, residual_RE = ops.add_rms_norm(x_RE, residual_RE, self.post_attention_norm, self.eps)
-        gate_up = F.linear(x_RE, self.gate_up, self.gate_up_bias)
-        return F.linear(ops.swiglu(gate_up), self.down, self.down_bias), residual_RE
+        gate_up = ops.linear(x_RE, self.gate_up, self.gate_up_bias)
+        return ops.linear(ops.swiglu(gate_up), self.down, self.down_bias), residual_RE
 
     def _attend(self, x_RE: Tensor, cos_RD: Tensor, sin_RD: Tensor, attention: Attention) -> Tensor:
         rows = x_RE.shape[0]
-        qkv = F.linear(x_RE, self.qkv, self.qkv_bias).view(rows, -1, self.head_dim)
+        qkv = self.kernels.linear(x_RE, self.qkv, self.qkv_bias).view(rows, -1, self.head_dim)
         qk, v_RGD = qkv[:, : self.num_rotated], qkv[:, self.num_rotated :]
         if self.qk_norm is not None:
             qk = F.rms_norm(qk, (self.head_dim,), None, self.eps) * self.qk_norm[self.head_kind]
         qk = self.kernels.rope(qk, cos_RD, sin_RD)
         out_RHD = attention(self.index, qk[:, : self.num_heads], qk[:, self.num_heads :], v_RGD)
-        return F.linear(out_RHD.reshape(rows, -1), self.output, self.output_bias)
+        return self.kernels.linear(out_RHD.reshape(rows, -1), self.output, self.output_bias)
 
 
 class Transformer(nn.Module):
@@ -112,4 +112,4 @@ class Transformer(nn.Module):
 
     def logits(self, hidden_RE: Tensor) -> Tensor:
         """Return next-token (clean rows) or same-position (mask rows) logits, [R, V], from the one head."""
-        return F.linear(hidden_RE, self.embedding if self.lm_head is None else self.lm_head)
+        return self.kernels.linear(hidden_RE, self.embedding if self.lm_head is None else self.lm_head, None)

@@ -14,7 +14,7 @@ class AttentionMetadata:
     ``row_starts``: N + 1 host integers, request ``i`` owns rows ``row_starts[i]..row_starts[i+1]-1``.
     ``prefix_lengths`` [N]: tokens in the cache that every row of the request sees; device state.
     ``max_prefix``: a host-side upper bound of each of them, as many integers as requests.
-    ``block_table`` [N, P]: page of every 64 positions; entries beyond the prefix are arbitrary but valid page ids.
+    ``block_table`` [N, P]: page of every ``page_size`` positions; entries beyond the prefix are arbitrary but valid page ids.
     ``limit``, ``branch`` [R]: the mask among the rows of a step, see ``kernels.mask_layout``. The index that ``limit`` counts
     is the row's number within its request.
     """

@@ -63,3 +63,9 @@ def test_choice_seeds_are_those_of_splitmix64() -> None:
     # The first outputs of SplitMix64 from state 1234567, published with the reference implementation (Vigna).
     expected = [6457827717110365317, 3203168211198807973, 9817491932198370423]
     assert [choice_seed(1234567, index) for index in (1, 2, 3)] == expected
+
+
+def test_a_temperature_that_would_overflow_is_greedy() -> None:
+    assert SamplingParams(1, temperature=1e-38).greedy
+    assert SamplingParams(1, temperature=1e-38).temperature == 0.0
+    assert not SamplingParams(1, temperature=1e-4).greedy

@@ -101,6 +101,34 @@ def test_every_running_request_gets_a_row_when_the_budget_is_as_small_as_it_may_
     assert shares(plan_of(scheduler)) == {"a": (0, 1, 0), "b": (0, 1, 0)}
 
 
+def test_drafts_of_the_oldest_never_take_the_row_of_another_request() -> None:
+    scheduler = make(seqs=4, budget=8, branches=4)
+    for name in "abcd":
+        scheduler.add(ask(name, 2, mode=DecodingMode.TIDAR))
+    served: dict[str, int] = dict.fromkeys("abcd", 0)
+    for _ in range(12):
+        plan = plan_of(scheduler)
+        if len(scheduler.running) == 4 and not plan.admissions:
+            assert set(shares(plan)) == set("abcd")
+        for name in shares(plan):
+            served[name] += 1
+        apply(scheduler, plan, **{r.request_id: ((7,), K) for r in plan.requests if r.draft_plan.num_drafts})
+    assert min(served.values()) >= 8
+
+
+def test_drafts_of_running_requests_do_not_keep_a_waiting_one_out() -> None:
+    scheduler = make(seqs=4, budget=20, branches=4)
+    scheduler.add(ask("a", 2))
+    plan = plan_of(scheduler)
+    apply(scheduler, plan, a=((7,), K))
+    assert shares(plan_of(scheduler)) == {"a": (0, K, 4)}, "alone, it takes all rows"
+    scheduler = make(seqs=4, budget=20, branches=4)
+    scheduler.add(ask("a", 2))
+    apply(scheduler, plan_of(scheduler), a=((7,), K))
+    scheduler.add(ask("b", 3))
+    assert set(shares(plan_of(scheduler))) == {"a", "b"}
+
+
 def test_requests_wait_for_a_slot_in_the_order_of_their_arrival() -> None:
     scheduler = make(seqs=2)
     for name in "abc":
