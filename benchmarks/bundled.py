@@ -38,7 +38,7 @@ def build_engine(
         str(MODEL),
         cache=CacheConfig(num_pages=1 + batch * MAX_MODEL_LEN // 64, enable_prefix_caching=False),
         scheduler=SchedulerConfig(max_num_seqs=batch),
-        decode=DecodeConfig(mode.value, block_length, branches),
+        decode=DecodeConfig(mode, block_length, branches),
     )
     return assemble(config, model, MAX_MODEL_LEN, SamplingDefaults(), REFERENCE)
 

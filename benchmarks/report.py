@@ -13,12 +13,13 @@ from typing import Any
 import torch
 import transformers
 
+CPU = torch.device("cpu")
 
-def machine() -> dict[str, Any]:
-    """The machine and the versions that a number belongs to."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_model()
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """The machine and the versions that a number belongs to; ``device`` is the one that the benchmark ran on."""
     return {
-        "device": device,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_model(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
@@ -50,9 +51,9 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([line(header), "  ".join("-" * w for w in widths), *map(line, rows)])
 
 
-def finish(name: str, results: Any, out: Path | None) -> None:
+def finish(name: str, results: Any, out: Path | None, device: torch.device = CPU) -> None:
     """Print the JSON line, and write it to a file if one is wanted."""
-    record = json.dumps({"benchmark": name, "machine": machine(), "results": results})
+    record = json.dumps({"benchmark": name, "machine": machine(device), "results": results})
     print(record)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)

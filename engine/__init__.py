@@ -1,9 +1,8 @@
 """The inference engine. The server uses the names of this module and no others; importing it loads neither torch nor models."""
 
-from engine.async_engine import Engine, EngineDeadError, QueueFullError
 from engine.config import CacheConfig, DecodeConfig, EngineConfig, SchedulerConfig
+from engine.interface import Engine, EngineDeadError, Outputs, QueueFullError
 from engine.messages import (
-    AbortRequest,
     EngineInfo,
     EngineStats,
     FinishReason,
@@ -17,7 +16,6 @@ from engine.process import AsyncEngine
 from engine.sampling_params import DecodingMode, SamplingParams, choice_seed
 
 __all__ = [
-    "AbortRequest",
     "AsyncEngine",
     "CacheConfig",
     "DecodeConfig",
@@ -29,6 +27,7 @@ __all__ = [
     "EngineStats",
     "FinishReason",
     "GenerateRequest",
+    "Outputs",
     "QueueFullError",
     "RequestOutput",
     "RequestTimes",

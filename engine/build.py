@@ -8,7 +8,7 @@ import torch
 
 from engine.config import EngineConfig, ModelConfig
 from engine.core import EngineCore
-from engine.decode.policy import policies
+from engine.decode.policy import default_mode, policies
 from engine.decode.tidar import TidarDecoder
 from engine.input_batch import InputBatch
 from engine.kv_cache import KVCache, page_bytes
@@ -36,6 +36,8 @@ def build_engine_core(config: EngineConfig, progress: Callable[[str], None] = la
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     device = _device(config.device)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
     folder = resolve_model(config.model, config.revision)
     model_config = read_model_config(folder)
     dtype = resolve_dtype(config.dtype, folder, device)
@@ -84,7 +86,7 @@ def assemble(
         block_length=block_length,
         mask_token_id=tidar.mask_token_id if tidar else None,
         supported_modes=tuple(table),
-        default_mode=DecodingMode.AUTO,
+        default_mode=default_mode(config.decode, block_length),
         num_pages=num_pages,
         page_size=page_size,
         dtype=str(dtype).removeprefix("torch."),
@@ -104,6 +106,8 @@ def _device(name: str) -> torch.device:
         raise ConfigError(f"unknown device {name!r}: use auto, cpu, cuda or cuda:N") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device {name!r} was asked for, but torch finds no CUDA GPU: use --device cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"device {name!r} was asked for, but the last GPU is cuda:{torch.cuda.device_count() - 1}")
     if device.type not in ("cpu", "cuda"):
         raise ConfigError(f"device {name!r} is not supported: use auto, cpu, cuda or cuda:N")
     return device
@@ -125,9 +129,9 @@ def _max_model_len(config: EngineConfig, model: ModelConfig) -> int:
 def _block_length(config: EngineConfig, model: ModelConfig) -> int | None:
     wanted = config.decode.block_length
     if model.tidar is None:
-        if DecodingMode(config.decode.mode) not in (DecodingMode.AUTO, DecodingMode.AR):
+        if config.decode.mode not in (DecodingMode.AUTO, DecodingMode.AR):
             raise ConfigError(
-                f"decoding {config.decode.mode!r} needs a TiDAR checkpoint, and this one has no 'tidar' section in its "
+                f"decoding {config.decode.mode.value!r} needs a TiDAR checkpoint, and this one has no 'tidar' section in its "
                 "config.json: use --decoding ar"
             )
         return None

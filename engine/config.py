@@ -5,6 +5,8 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 
+from engine.sampling_params import DecodingMode
+
 PAGE_SIZE = 64
 """Tokens in one KV page, unless a test asks for another size."""
 
@@ -67,7 +69,6 @@ class ModelConfig:
     sliding_window: int | None = None
     tidar: TidarConfig | None = None
     eos_token_ids: tuple[int, ...] = ()
-    bos_token_id: int | None = None
 
     @property
     def kv_bytes_per_token_factor(self) -> int:
@@ -98,12 +99,12 @@ class SchedulerConfig:
 
 @dataclass(frozen=True, slots=True)
 class DecodeConfig:
-    """The configured draft plan. ``mode`` is an engine.sampling_params.DecodingMode value and what ``auto`` means.
+    """The configured draft plan. ``mode`` is what ``auto`` means in a request.
 
     ``block_length`` None: the checkpoint's own. ``num_branches`` None: all of them.
     """
 
-    mode: str = "tidar"
+    mode: DecodingMode = DecodingMode.TIDAR
     block_length: int | None = None
     num_branches: int | None = 1
 

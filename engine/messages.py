@@ -135,7 +135,10 @@ class SamplingDefaults:
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
-    """What the server needs to know of the loaded model and its resolved configuration."""
+    """What the server needs to know of the loaded model and its resolved configuration.
+
+    ``default_mode`` is what ``auto`` means in a request.
+    """
 
     architecture: str
     num_parameters: int

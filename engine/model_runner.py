@@ -15,7 +15,7 @@ class PagedAttention:
     """The attention of one step: keeps the clean rows' K/V in their pages and attends over cache and step."""
 
     def __init__(self, inputs: StepInputs, cache: KVCache, kernels: Kernels, group_size: int, scale: float) -> None:
-        self.slots, self.cache, self.kernels, self.scale = inputs.slots_R, cache, kernels, scale
+        self.slots, self.cache, self.kernels, self.scale = inputs.slot_mapping_R, cache, kernels, scale
         dtype = cache.keys[0].dtype
         self.prepared = kernels.prepare_attention(inputs.attention, cache.page_size, group_size, dtype)
 

@@ -23,14 +23,15 @@ from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from typing import Any
 
-from engine.async_engine import EngineDeadError, QueueFullError
 from engine.config import EngineConfig
+from engine.interface import EngineDeadError, QueueFullError
 from engine.messages import (
     AbortRequest,
     EngineFailed,
     EngineInfo,
     EngineReady,
     EngineStats,
+    FinishReason,
     GenerateRequest,
     Progress,
     RequestOutput,
@@ -181,16 +182,18 @@ class AsyncEngine:
         Outputs that wait for a slow reader are merged. Ids must not be used twice. Raises QueueFullError at the call, before
         anything is sent, and EngineDeadError at the call or while iterating.
         """
+        loop = asyncio.get_running_loop()
         if not self.is_alive:
             raise EngineDeadError(self._failure or (SHUT_DOWN if self._shutting_down else "the engine has not started yet"))
         if request.request_id in self._inboxes:
             raise ValueError(f"request {request.request_id!r} is already running")
         self._check_room(request)
         inbox = _Inbox(len(request.prompt_token_ids))
+        stream = OutputStream(inbox, lambda: self._abandon(request.request_id), loop)
         self._inboxes[request.request_id] = inbox
         self._num_waiting_tokens += inbox.num_prompt_tokens
         self._outbox.put(request)
-        return OutputStream(inbox, lambda: self._abandon(request.request_id), asyncio.get_running_loop())
+        return stream
 
     async def start(self) -> None:
         """Load the model and wait until it is ready. Raises EngineDeadError with what to do."""
@@ -254,7 +257,7 @@ class AsyncEngine:
             theirs.close()  # with this copy open, the pipe would not end with the engine
         # Without a shutdown, multiprocessing would wait at exit for a process that ignores its SIGTERM.
         atexit.register(process.kill)
-        sender = threading.Thread(target=_send, args=(ours, self._outbox), name="engine-sender", daemon=True)
+        sender = threading.Thread(target=self._send, args=(ours, loop), name="engine-sender", daemon=True)
         everything = (ours, process, sender, loop)
         self._reader = threading.Thread(target=self._read, args=everything, name="engine-reader", daemon=True)
         self._heartbeat, self._process = heartbeat, process
@@ -269,6 +272,10 @@ class AsyncEngine:
                 message = connection.recv()
             except (EOFError, OSError):
                 break
+            except Exception as error:  # from unpickling; this thread must live to reap the process
+                _call_in_loop(loop, self._receive, EngineFailed(f"the engine sent what cannot be read: {_one_line(error)}"))
+                process.kill()
+                break
             _call_in_loop(loop, self._receive, message)
         process.join(SHUTDOWN_SECONDS)
         if process.exitcode is None:  # its end of the pipe is closed, so it can never serve again
@@ -279,6 +286,19 @@ class AsyncEngine:
         sender.join()
         connection.close()
         _call_in_loop(loop, self._on_exit, process.exitcode)
+
+    def _send(self, connection: Connection, loop: asyncio.AbstractEventLoop) -> None:
+        """Write to the pipe until None comes or the engine is gone; the reading thread sees the latter too and reports it."""
+        while (message := self._outbox.get()) is not None:
+            try:
+                connection.send(message)
+            except OSError:
+                return
+            except Exception as error:  # from pickling, before anything is written: the message alone is lost
+                if isinstance(message, GenerateRequest):
+                    text = f"the request cannot be sent to the engine: {_one_line(error)}"
+                    output = RequestOutput(message.request_id, (), FinishReason.ERROR, error=text)
+                    _call_in_loop(loop, self._deliver, output)
 
     def _receive(self, message: FromEngine) -> None:
         match message:
@@ -324,19 +344,14 @@ class AsyncEngine:
         self._closed.set()
 
 
-def _send(connection: Connection, outbox: queue.SimpleQueue[ToEngine | None]) -> None:
-    """Write to the pipe until None comes or the engine is gone; the reading thread sees the latter too and reports it."""
-    while (message := outbox.get()) is not None:
-        try:
-            connection.send(message)
-        except OSError:
-            return
-
-
 def _call_in_loop(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *arguments: Any) -> None:
     # RuntimeError: the loop is closed, and nobody is left who could care.
     with contextlib.suppress(RuntimeError):
         loop.call_soon_threadsafe(function, *arguments)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def _describe_exit(exit_code: int | None) -> str:

@@ -104,6 +104,10 @@ class _Channel:
                 self._inbox.put(self._connection.recv())
             except (EOFError, OSError):
                 _exit_without_server()
+            except Exception as error:  # from unpickling; without this thread the process would outlive the server
+                traceback.print_exception(error)
+                sys.stderr.flush()
+                os._exit(1)
 
     def receive(self, *, wait: bool) -> list[ToEngine]:
         """All messages that are here, oldest first; with ``wait``, sleep for the first one, one idle tick at most."""

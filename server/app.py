@@ -56,7 +56,7 @@ def create_app(
             services.lifecycle.fail_running()
             await engine.shutdown()
 
-    app = FastAPI(title="tidar-server", version=version(), lifespan=lifespan)
+    app = FastAPI(title="tidar-server", version=version(), lifespan=lifespan, docs_url=None, redoc_url=None)
     for routes in (chat_routes, completion_routes, model_routes, tokenize_routes, health_routes):
         app.include_router(routes(services))
     install_error_handlers(app, config.retry_after)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -14,8 +15,16 @@ from starlette.responses import Response
 from server.errors import invalid, unsupported
 from server.fields import refuse_unsupported
 from server.generation import Delta, Generation
-from server.planning import AnswerOptions, answer_options, cache_salt, plan_generation
-from server.protocol import AssistantMessage, ChatChoice, ChatChunkChoice, ChatCompletionRequest, ChatMessage, Completion
+from server.planning import AnswerOptions, answer_options, cache_salt, num_choices, plan_generation
+from server.protocol import (
+    AssistantMessage,
+    ChatChoice,
+    ChatChunkChoice,
+    ChatCompletionRequest,
+    ChatMessage,
+    Completion,
+    TokenizeRequest,
+)
 from server.services import Services
 from server.streaming import EventStream, JsonAnswer
 from server.usage import usage_of
@@ -34,6 +43,7 @@ def chat_routes(services: Services) -> APIRouter:
         options = answer_options(body, services.resolve_model(body.model))
         refuse_unsupported(body.extra, body.n or 1)
         services.unknown_fields.note(body.extra)
+        services.admit(num_choices(body, 1, services.config), conversation_texts(body.messages))
         prompt = await encode_conversation(services, body.messages, template_kwargs(body))
         plan = plan_generation(body, [prompt], services.engine.info, services.config, cache_salt(request, body))
         response_id = f"chatcmpl-{uuid.uuid4().hex}"
@@ -44,7 +54,7 @@ def chat_routes(services: Services) -> APIRouter:
     return router
 
 
-def template_kwargs(body: ChatCompletionRequest) -> dict[str, Any]:
+def template_kwargs(body: ChatCompletionRequest | TokenizeRequest) -> dict[str, Any]:
     """What the template gets besides the messages."""
     kwargs = dict(body.chat_template_kwargs or {})
     if body.reasoning_effort is not None:
@@ -52,12 +62,36 @@ def template_kwargs(body: ChatCompletionRequest) -> dict[str, Any]:
     return kwargs
 
 
-async def encode_conversation(services: Services, messages: Sequence[ChatMessage], kwargs: Mapping[str, Any]) -> list[int]:
-    """Token ids of the conversation with the beginning of the answer. Raises a 400."""
+def conversation_texts(messages: Sequence[ChatMessage]) -> Iterator[str]:
+    """The texts that the messages are made of; what is no text is refused elsewhere."""
+    for message in messages:
+        if isinstance(message.content, str):
+            yield message.content
+        for part in message.content if isinstance(message.content, list) else ():
+            if isinstance(part.get("text"), str):
+                yield part["text"]
+
+
+async def encode_conversation(
+    services: Services,
+    messages: Sequence[ChatMessage],
+    kwargs: Mapping[str, Any],
+    *,
+    add_generation_prompt: bool = True,
+    add_special_tokens: bool = False,
+) -> list[int]:
+    """Token ids of the conversation, if asked for with the beginning of the answer. Raises a 400."""
     rendered = [template_message(message, index) for index, message in enumerate(messages)]
+    encode = functools.partial(
+        services.tokenizer.encode_chat,
+        rendered,
+        kwargs,
+        add_generation_prompt=add_generation_prompt,
+        add_special_tokens=add_special_tokens,
+    )
     if sum(len(message["content"]) for message in rendered) < LONG_TEXT:
-        return services.tokenizer.encode_chat(rendered, kwargs)
-    return await asyncio.to_thread(services.tokenizer.encode_chat, rendered, kwargs)
+        return encode()
+    return await asyncio.to_thread(encode)
 
 
 def template_message(message: ChatMessage, index: int) -> dict[str, Any]:

@@ -21,8 +21,6 @@ from server.streaming import EventStream, JsonAnswer
 from server.tokenizer import Tokenizer
 from server.usage import usage_of
 
-Prompt = str | list[int] | list[str] | list[list[int]]
-
 
 def completion_routes(services: Services) -> APIRouter:
     """The route, bound to its services."""
@@ -35,8 +33,9 @@ def completion_routes(services: Services) -> APIRouter:
         refuse_unsupported(body.extra, body.n or 1)
         services.unknown_fields.note(body.extra)
         parts = prompt_list(body.prompt)
-        num_choices(body, len(parts), services.config.max_choices)  # before the work of encoding
-        prompts = await encode_prompts(services.tokenizer, parts)
+        n = num_choices(body, len(parts), services.config)
+        services.admit(n * len(parts), (part for part in parts if isinstance(part, str)))
+        prompts = await encode_prompts(services.tokenizer, parts, add_special_tokens=body.add_special_tokens is not False)
         plan = plan_generation(body, prompts, services.engine.info, services.config, cache_salt(request, body))
         response_id = f"cmpl-{uuid.uuid4().hex}"
         generation = Generation(plan, services.engine, services.tokenizer, services.metrics, response_id)
@@ -46,7 +45,7 @@ def completion_routes(services: Services) -> APIRouter:
     return router
 
 
-def prompt_list(prompt: Prompt) -> list[str] | list[list[int]]:
+def prompt_list(prompt: str | list[int] | list[str] | list[list[int]]) -> list[str] | list[list[int]]:
     """The four forms of a prompt as a list of prompts. Raises a 400 for an empty list."""
     if isinstance(prompt, str):
         return [prompt]
@@ -57,11 +56,13 @@ def prompt_list(prompt: Prompt) -> list[str] | list[list[int]]:
     return prompt
 
 
-async def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[str | list[int]]) -> list[list[int]]:
-    """Token ids of each prompt; texts get what the checkpoint puts before a text, ids are taken as they are."""
+async def encode_prompts(
+    tokenizer: Tokenizer, prompts: Sequence[str | list[int]], *, add_special_tokens: bool
+) -> list[list[int]]:
+    """Token ids of each prompt; ``add_special_tokens`` gives texts what the checkpoint puts around one, ids stay the same."""
 
     def encode() -> list[list[int]]:
-        return [tokenizer.encode(p, add_special_tokens=True) if isinstance(p, str) else p for p in prompts]
+        return [tokenizer.encode(p, add_special_tokens=add_special_tokens) if isinstance(p, str) else p for p in prompts]
 
     if sum(len(p) for p in prompts if isinstance(p, str)) < LONG_TEXT:
         return encode()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from engine import SchedulerConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,8 +15,9 @@ class ServerConfig:
     ``model_root``: where the checkpoint came from, shown by ``/v1/models``. ``api_keys``: empty turns authentication off.
     ``cors_origins``: empty sends no CORS header. ``keepalive_interval``: silence after which a stream gets a comment line.
     ``slow_reader_timeout``: how long one write to a client may take before its request is aborted.
-    ``heartbeat_deadline``: age of the engine's heartbeat at which ``/health/live`` fails.
-    ``retry_after``: what a 503 asks clients to wait.
+    ``heartbeat_deadline``: age of the engine's heartbeat at which ``/health/live`` fails; long on purpose, since a first
+    compile or a long prompt on a CPU may take minutes. ``retry_after``: what a 503 asks clients to wait. ``limits``: those of
+    the engine's queue, to refuse what could never fit.
     """
 
     served_model_names: tuple[str, ...] = ("tidar",)
@@ -25,9 +28,10 @@ class ServerConfig:
     max_choices: int = 128
     keepalive_interval: float = 15.0
     slow_reader_timeout: float = 60.0
-    heartbeat_deadline: float = 60.0
+    heartbeat_deadline: float = 600.0
     shutdown_timeout: float = 30.0
     retry_after: int = 1
+    limits: SchedulerConfig = field(default_factory=SchedulerConfig)
 
     def __post_init__(self) -> None:
         """Raise ValueError when a model has no name to be served under."""

@@ -29,9 +29,9 @@ class Piece:
 class Detokenizer:
     """One choice's text. After a piece with a ``stop`` it takes no more tokens."""
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], *, skip_special_tokens: bool) -> None:
+    def __init__(self, tokenizer: Tokenizer, stops: StopTable, *, skip_special_tokens: bool) -> None:
         self._decoder = TextDecoder(tokenizer, skip_special_tokens=skip_special_tokens)
-        self._matcher = StopMatcher(stop)
+        self._matcher = StopMatcher(stops)
 
     def append(self, token_ids: Sequence[int]) -> Piece:
         """Take tokens, up to and with the one that completes a stop string."""
@@ -89,16 +89,24 @@ class TextDecoder:
         return self._tokenizer.decode(token_ids, skip_special_tokens=self._skip_special_tokens)
 
 
+class StopTable:
+    """The stop strings of a request, prepared once for all its choices: Knuth, Morris and Pratt's automaton for each."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self.stops = tuple(stops)
+        self.borders = tuple(_borders(stop) for stop in self.stops)
+
+
 class StopMatcher:
     """Finds the stop string that is completed first, and holds back text that may be the beginning of one.
 
-    Knuth, Morris and Pratt's automaton for each string, so the cost of a character does not depend on their length. Of strings
-    that end at the same character the longest counts.
+    The cost of a character does not depend on the strings' length. Of strings that end at the same character the longest
+    counts.
     """
 
-    def __init__(self, stops: Sequence[str]) -> None:
-        self._stops = tuple(stops)
-        self._borders = tuple(_borders(stop) for stop in self._stops)
+    def __init__(self, table: StopTable) -> None:
+        self._stops = table.stops
+        self._borders = table.borders
         self._matched = [0] * len(self._stops)
         self._held = ""
 

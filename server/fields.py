@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -46,7 +47,18 @@ _NO_EFFECT_VALUES: dict[str, tuple[Any, ...]] = {
     "guided_regex": (),
     "guided_choice": (),
     "guided_grammar": (),
+    "guided_decoding_backend": (),
+    "guided_whitespace_pattern": (),
+    "structural_tag": (),
+    "json_schema": (),
+    "regex": (),
+    "ebnf": (),
+    "grammar": (),
     "min_tokens": (0,),
+    "min_new_tokens": (0,),
+    "n_predict": (),
+    "typical_p": (1,),
+    "logits_processors": ([],),
     "bad_words": ([],),
     "allowed_token_ids": (),
     "use_beam_search": (False,),
@@ -61,6 +73,10 @@ _NO_EFFECT_VALUES: dict[str, tuple[Any, ...]] = {
     "prediction": (),
     "web_search_options": (),
     "chat_template": (),
+    "documents": ([],),
+    "add_special_tokens": (False,),  # of a chat, whose template writes them
+    "spaces_between_special_tokens": (True,),
+    "return_tokens_as_token_ids": (False,),
 }
 """Fields that this server has no code for, with the values (besides null) that change nothing."""
 
@@ -70,7 +86,7 @@ def refuse_unsupported(extra: Mapping[str, Any], num_choices: int) -> None:
     for name, harmless in _NO_EFFECT_VALUES.items():
         value = extra.get(name)
         if value is not None and value not in harmless:
-            allowed = "" if not harmless else f", or send {harmless[0]!r}"
+            allowed = "" if not harmless else f", or send {json.dumps(harmless[0])}"
             raise unsupported(f"{name} is not supported by this server; leave it out{allowed}", name)
     # A flag for chats and a count for text completions, where 0 asks for the sampled token's; False equals 0, so ``is``.
     logprobs = extra.get("logprobs")

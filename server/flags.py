@@ -23,7 +23,7 @@ class Flag:
     """One flag. ``parse`` raises ArgumentTypeError with what was expected.
 
     ``is_list``: may be given several times; its variable holds values with commas between them.
-    ``is_switch``: ``--name`` and ``--no-name``; its variable holds 1 or 0.
+    ``is_switch``: ``--name`` and ``--no-name``; its variable holds 1 or 0. ``prefix``: how its variable begins.
     """
 
     name: str
@@ -32,11 +32,12 @@ class Flag:
     help: str
     is_list: bool = False
     is_switch: bool = False
+    prefix: str = ENV_PREFIX
 
     @property
     def variable(self) -> str:
         """The environment variable."""
-        return ENV_PREFIX + self.name.upper().replace("-", "_")
+        return self.prefix + self.name.upper().replace("-", "_")
 
     @property
     def destination(self) -> str:
@@ -73,14 +74,22 @@ def resolve(
 
 def _from_environment(parser: argparse.ArgumentParser, flag: Flag, environ: Mapping[str, str]) -> Any:
     text = environ.get(flag.variable)
-    if not text:
+    if text is None or not (text or flag.is_list):
         return flag.default
     try:
         if flag.is_list:
-            return [flag.parse(part.strip()) for part in text.split(",") if part.strip()]
+            return [flag.parse(part) for part in _list_parts(text)]
         return flag.parse(text)
     except argparse.ArgumentTypeError as error:
         parser.error(f"environment variable {flag.variable}: {error}")
+
+
+def _list_parts(text: str) -> list[str]:
+    """What stands between the commas. A list that is set but empty is a mistake: it could switch authentication off."""
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not parts:
+        raise argparse.ArgumentTypeError("it is set but holds no value; unset it, or give one")
+    return parts
 
 
 def text(value: str) -> str:

@@ -16,7 +16,7 @@ from engine import (
     RequestOutput,
     SpeculationStats,
 )
-from server.detokenizer import Detokenizer
+from server.detokenizer import Detokenizer, StopTable
 from server.errors import ApiError, internal, invalid
 from server.metrics import FinishedChoice, ServerMetrics
 from server.planning import ChoicePlan, GenerationPlan
@@ -124,11 +124,12 @@ class Generation:
         self._engine = engine
         self._metrics = metrics
         info: EngineInfo = engine.info
+        stops = StopTable(plan.stop)
         self.choices = tuple(
             Choice(
                 index,
                 choice,
-                Detokenizer(tokenizer, plan.stop, skip_special_tokens=plan.skip_special_tokens),
+                Detokenizer(tokenizer, stops, skip_special_tokens=plan.skip_special_tokens),
                 info.eos_token_ids,
             )
             for index, choice in enumerate(plan.choices)
@@ -140,9 +141,14 @@ class Generation:
         self._changed = asyncio.Event()
 
     @property
+    def num_unfinished(self) -> int:
+        """Choices that the engine still works on."""
+        return sum(choice.finish_reason is None for choice in self.choices)
+
+    @property
     def is_finished(self) -> bool:
         """Whether every choice has ended by itself."""
-        return all(choice.finish_reason is not None for choice in self.choices)
+        return not self.num_unfinished
 
     async def start(self) -> None:
         """Queue all choices or none. Raises QueueFullError or EngineDeadError."""

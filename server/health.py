@@ -15,6 +15,7 @@ def health_routes(services: Services) -> APIRouter:
     """The routes, bound to their services."""
     router = APIRouter()
 
+    @router.head("/health/live", response_model=None, include_in_schema=False)
     @router.get("/health/live", response_model=None)
     async def live() -> Response:
         """Whether this process is worth keeping: it answers, and its engine gave a sign of life lately."""
@@ -26,6 +27,8 @@ def health_routes(services: Services) -> APIRouter:
             raise overloaded(message, services.config.retry_after, code="engine_unavailable")
         return JSONResponse({"status": "live"})
 
+    @router.head("/health", response_model=None, include_in_schema=False)
+    @router.head("/health/ready", response_model=None, include_in_schema=False)
     @router.get("/health", response_model=None)
     @router.get("/health/ready", response_model=None)
     async def ready() -> Response:

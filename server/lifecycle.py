@@ -13,6 +13,11 @@ from server.errors import ApiError, overloaded
 class Running(Protocol):
     """A generation that can be told to end."""
 
+    @property
+    def num_unfinished(self) -> int:
+        """Choices that the engine still works on."""
+        ...
+
     def fail(self, error: ApiError) -> None:
         """End it; its client gets ``error``."""
         ...
@@ -37,6 +42,11 @@ class Lifecycle:
     def num_running(self) -> int:
         """Requests that are generating."""
         return len(self._running)
+
+    @property
+    def num_choices(self) -> int:
+        """Choices that are running or waiting in the engine."""
+        return sum(generation.num_unfinished for generation in self._running)
 
     def admit(self) -> None:
         """Raise a 503 while draining: another replica can take the request."""

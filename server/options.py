@@ -8,14 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine import CacheConfig, DecodeConfig, DecodingMode, EngineConfig, SchedulerConfig
+from engine import CacheConfig, DecodeConfig, DecodingMode, EngineConfig, EngineInfo, SchedulerConfig
 from server.config import ServerConfig
-from server.flags import Flag, branches, integer, number, one_of, resolve, switch, text
+from server.flags import ENV_PREFIX, Flag, branches, integer, number, one_of, resolve, switch, text
 
 BUNDLED_MODEL = Path(__file__).parent / "bundled_model"
 BUNDLED_MODEL_NAME = "tidar-stdlib"
+MODEL_VARIABLE = ENV_PREFIX + "MODEL"
 
-_CACHE, _SCHEDULER, _DECODE = CacheConfig(), SchedulerConfig(), DecodeConfig()
+_CACHE, _SCHEDULER, _DECODE, _SERVER = CacheConfig(), SchedulerConfig(), DecodeConfig(), ServerConfig()
 
 SERVE_FLAGS = (
     Flag("host", text, "127.0.0.1", "address to listen on; 0.0.0.0 for all"),
@@ -41,7 +42,14 @@ SERVE_FLAGS = (
     Flag(
         "max-waiting-requests", integer(0), _SCHEDULER.max_waiting_requests, "length of the queue; beyond it clients get a 503"
     ),
-    Flag("shutdown-timeout", number(0, 86400), 30.0, "seconds that running requests get after SIGTERM"),
+    Flag("max-waiting-tokens", integer(1), _SCHEDULER.max_waiting_tokens, "prompt tokens in the queue; beyond them the same"),
+    Flag("shutdown-timeout", number(0, 86400), _SERVER.shutdown_timeout, "seconds that running requests get after SIGTERM"),
+    Flag(
+        "heartbeat-deadline",
+        number(1, 86400),
+        _SERVER.heartbeat_deadline,
+        "seconds without a sign of life from the engine until /health/live fails; a first compile may take minutes",
+    ),
     Flag("num-threads", integer(1), None, "CPU threads of the engine"),
     Flag("kernels", one_of("auto", "reference", "triton"), "auto", "implementation of the step's operations"),
     Flag("log-level", one_of("debug", "info", "warning", "error"), "info", "least severe log line to write"),
@@ -76,10 +84,22 @@ class ServeOptions:
         )
         branches = "all" if engine.decode.num_branches is None else engine.decode.num_branches
         yield (
-            f"decoding              {engine.decode.mode}, block_length {_or_auto(engine.decode.block_length)}, "
+            f"decoding              {engine.decode.mode.value}, block_length {_or_auto(engine.decode.block_length)}, "
             f"num_branches {branches}"
         )
         yield f"API keys              {len(server.api_keys) or 'none: anybody who reaches the port may use it'}"
+
+
+def resolved_lines(info: EngineInfo) -> Iterator[str]:
+    """What the engine made of the configuration: what ``auto`` has become."""
+    yield f"loaded                {info.architecture}, {info.num_parameters:,} parameters"
+    yield f"device, dtype         {info.device}, {info.dtype}"
+    yield f"max_model_len         {info.max_model_len}"
+    yield f"cache                 {info.num_pages} pages of {info.page_size} tokens"
+    modes = ", ".join(mode.value for mode in info.supported_modes)
+    yield f"decoding              {modes}; block_length {info.block_length or 'none'}"
+    if info.settings:
+        yield f"engine                {', '.join(f'{name} {value}' for name, value in info.settings.items())}"
 
 
 class OptionsError(Exception):
@@ -90,7 +110,7 @@ def serve_options(parser: argparse.ArgumentParser, arguments: argparse.Namespace
     """Resolve flags and environment. Bad values end the program with one line and exit status 2."""
     values = resolve(parser, SERVE_FLAGS, arguments, environ)
     try:
-        return _build(arguments.model or environ.get("TIDAR_MODEL") or None, values)
+        return _build(arguments.model or environ.get(MODEL_VARIABLE) or None, values)
     except OptionsError as error:
         parser.error(str(error))
 
@@ -105,18 +125,21 @@ def _build(model: str | None, values: dict[str, Any]) -> ServeOptions:
             f"--max-num-batched-tokens {values['max_num_batched_tokens']} must be at least --max-num-seqs "
             f"{values['max_num_seqs']}, so that every running request gets a row"
         )
+    engine = _engine_config(folder, values)
     return ServeOptions(
         host=values["host"],
         port=values["port"],
         tokenizer=values["tokenizer"] or folder,
         log_level=values["log_level"],
-        engine=_engine_config(folder, values),
+        engine=engine,
         server=ServerConfig(
             served_model_names=names,
             model_root=folder,
             api_keys=values["api_key"],
             cors_origins=values["cors_origins"],
             shutdown_timeout=values["shutdown_timeout"],
+            heartbeat_deadline=values["heartbeat_deadline"],
+            limits=engine.scheduler,
         ),
     )
 
@@ -140,9 +163,14 @@ def _engine_config(model: str, values: dict[str, Any]) -> EngineConfig:
             max_num_seqs=values["max_num_seqs"],
             max_num_batched_tokens=values["max_num_batched_tokens"],
             max_waiting_requests=values["max_waiting_requests"],
+            max_waiting_tokens=values["max_waiting_tokens"],
             async_depth=values["async_depth"],
         ),
-        decode=DecodeConfig(mode=values["decoding"], block_length=values["block_length"], num_branches=values["num_branches"]),
+        decode=DecodeConfig(
+            mode=DecodingMode(values["decoding"]),
+            block_length=values["block_length"],
+            num_branches=values["num_branches"],
+        ),
     )
 
 

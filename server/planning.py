@@ -14,6 +14,8 @@ from server.config import ServerConfig
 from server.errors import invalid, unsupported
 from server.protocol import GenerationFields
 
+MAX_STOP_CHARS = 1000
+
 
 @dataclass(frozen=True, slots=True)
 class ChoicePlan:
@@ -61,8 +63,9 @@ def answer_options(fields: GenerationFields, model: str) -> AnswerOptions:
     )
 
 
-def num_choices(fields: GenerationFields, num_prompts: int, limit: int) -> int:
-    """``n``, checked. Raises a 400 when prompts times choices pass ``limit``."""
+def num_choices(fields: GenerationFields, num_prompts: int, config: ServerConfig) -> int:
+    """``n``, checked. Raises a 400 when prompts times choices are more than a request may have, or than fit an empty queue."""
+    limit = min(config.max_choices, config.limits.max_num_seqs + config.limits.max_waiting_requests)
     n = 1 if fields.n is None else fields.n
     if n < 1:
         raise invalid(f"n must be at least 1, got {n}", "n")
@@ -79,16 +82,19 @@ def plan_generation(
     cache_salt: str,
 ) -> GenerationPlan:
     """Check everything and lay out the choices, those of the first prompt first. Raises a 400."""
-    n = num_choices(fields, len(prompts), config.max_choices)
+    n = num_choices(fields, len(prompts), config)
     # Python's remainder is never negative, so -1 becomes 2**64 - 1.
     seed = secrets.randbits(64) if fields.seed is None else fields.seed % 2**64
+    sampling = sampling_params(fields, info)
     choices: list[ChoicePlan] = []
     for prompt_index, prompt in enumerate(prompts):
         check_prompt(prompt, info)
-        sampling = sampling_params(fields, info, info.max_model_len - len(prompt))
+        max_tokens = min(sampling.max_tokens, info.max_model_len - len(prompt))
         token_ids = tuple(prompt)
         for index in range(n):
-            choices.append(ChoicePlan(prompt_index, token_ids, replace(sampling, seed=choice_seed(seed, index))))
+            own = replace(sampling, max_tokens=max_tokens, seed=choice_seed(seed, index))
+            choices.append(ChoicePlan(prompt_index, token_ids, own))
+    check_queue_tokens(choices, config.limits.max_waiting_tokens)
     return GenerationPlan(
         choices=tuple(choices),
         decoding=decoding_mode(fields.decoding, info),
@@ -115,20 +121,34 @@ def check_prompt(prompt: Sequence[int], info: EngineInfo) -> None:
         raise invalid(f"the prompt has the mask token (id {info.mask_token_id}), which no text may use", "prompt")
 
 
-def sampling_params(fields: GenerationFields, info: EngineInfo, room: int) -> SamplingParams:
-    """The sampling of a choice, without its seed. ``room``: tokens that the context has left for the answer.
+def check_queue_tokens(choices: Sequence[ChoicePlan], limit: int) -> None:
+    """Raise a 400 for choices that fill even an empty queue: as a 503, clients would retry it for ever.
 
-    A larger ``max_tokens`` is cut to the room, since clients send one number for all models. Raises a 400.
+    A choice alone is let in by the engine whatever its length.
+    """
+    num_tokens = sum(len(choice.prompt_token_ids) for choice in choices)
+    if len(choices) > 1 and num_tokens > limit:
+        raise invalid(
+            f"{len(choices)} choices with {num_tokens} prompt tokens together are more than the {limit} tokens that may "
+            "wait; send several requests",
+            "n",
+        )
+
+
+def sampling_params(fields: GenerationFields, info: EngineInfo) -> SamplingParams:
+    """The sampling of every choice, without its seed. Raises a 400.
+
+    ``max_tokens`` is cut to each prompt's room later, since clients send one number for all models.
     """
     defaults = info.sampling_defaults
     wanted = fields.max_tokens if fields.max_completion_tokens is None else fields.max_completion_tokens
     top_k = defaults.top_k if fields.top_k is None else fields.top_k
-    stop_token_ids = tuple(fields.stop_token_ids or ())
+    stop_token_ids = tuple(dict.fromkeys(fields.stop_token_ids or ()))
     if any(not 0 <= i < info.vocab_size for i in stop_token_ids):
         raise invalid(f"stop_token_ids must be from 0 to {info.vocab_size - 1}", "stop_token_ids")
     try:
         return SamplingParams(
-            max_tokens=room if wanted is None else min(wanted, room),
+            max_tokens=info.max_model_len if wanted is None else wanted,
             temperature=defaults.temperature if fields.temperature is None else fields.temperature,
             top_p=defaults.top_p if fields.top_p is None else fields.top_p,
             top_k=0 if top_k == -1 else top_k,
@@ -141,11 +161,13 @@ def sampling_params(fields: GenerationFields, info: EngineInfo, room: int) -> Sa
 
 
 def stop_strings(fields: GenerationFields) -> tuple[str, ...]:
-    """The stop strings. Raises a 400 for an empty one, which every text contains."""
+    """The stop strings. Raises a 400 for a very long one, and for an empty one, which every text contains."""
     stop = fields.stop
     strings = (stop,) if isinstance(stop, str) else tuple(stop or ())
     if "" in strings:
         raise invalid("stop must not hold an empty string", "stop")
+    if any(len(string) > MAX_STOP_CHARS for string in strings):
+        raise invalid(f"stop must not hold a string of more than {MAX_STOP_CHARS} characters", "stop")
     return strings
 
 

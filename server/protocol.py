@@ -8,12 +8,42 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictInt
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, StrictInt, Tag
 
 MAX_STOP_STRINGS = 16
+MAX_STOP_TOKEN_IDS = 256
+MAX_PROMPTS = 4096
+MAX_MESSAGES = 16_384
+MAX_TOKEN_IDS = 2**22
+"""No context is this long; the served one's limit is checked later, when it is known which of the lists are prompts."""
 
 TokenId = StrictInt
-StopStrings = str | Annotated[list[str], Field(max_length=MAX_STOP_STRINGS)]
+# Every list ends at its first error and has a limit: a body of a million wrong elements must not become as many errors.
+TokenIds = Annotated[list[TokenId], Field(max_length=MAX_TOKEN_IDS, fail_fast=True)]
+StopStrings = str | Annotated[list[str], Field(max_length=MAX_STOP_STRINGS, fail_fast=True)]
+StopTokenIds = Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKEN_IDS, fail_fast=True)]
+ContentParts = Annotated[list[dict[str, Any]], Field(max_length=MAX_MESSAGES, fail_fast=True)]
+
+
+def _prompt_kind(value: Any) -> str:
+    """Which of a prompt's four forms is meant: its first element tells."""
+    if not isinstance(value, list):
+        return "text"
+    match value[:1]:
+        case [str()]:
+            return "texts"
+        case [list()]:
+            return "token_lists"
+    return "tokens"
+
+
+Prompt = Annotated[
+    Annotated[str, Tag("text")]
+    | Annotated[TokenIds, Tag("tokens")]
+    | Annotated[list[str], Field(max_length=MAX_PROMPTS, fail_fast=True), Tag("texts")]
+    | Annotated[list[TokenIds], Field(max_length=MAX_PROMPTS, fail_fast=True), Tag("token_lists")],
+    Discriminator(_prompt_kind),
+]
 
 
 class StreamOptions(BaseModel):
@@ -23,12 +53,22 @@ class StreamOptions(BaseModel):
     continuous_usage_stats: bool | None = None
 
 
-class GenerationFields(BaseModel):
-    """The fields that chat and text completions share. A null means the same as an absent field."""
+class _Request(BaseModel):
+    """A null means the same as an absent field."""
 
     model_config = ConfigDict(extra="allow")
 
     model: str | None = None
+
+    @property
+    def extra(self) -> dict[str, Any]:
+        """The fields that are not declared."""
+        return self.model_extra or {}
+
+
+class GenerationFields(_Request):
+    """The fields that chat and text completions share."""
+
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
     n: int | None = None
@@ -38,7 +78,7 @@ class GenerationFields(BaseModel):
     top_k: int | None = None
     min_p: float | None = None
     stop: StopStrings | None = None
-    stop_token_ids: list[TokenId] | None = None
+    stop_token_ids: StopTokenIds | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     stream: bool | None = None
@@ -47,11 +87,6 @@ class GenerationFields(BaseModel):
     decoding: str | None = None
     cache_salt: str | None = None
 
-    @property
-    def extra(self) -> dict[str, Any]:
-        """The fields that are not declared here."""
-        return self.model_extra or {}
-
 
 class ChatMessage(BaseModel):
     """One message of the conversation; fields that only templates know stay in ``model_extra``."""
@@ -59,13 +94,16 @@ class ChatMessage(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[dict[str, Any]] | None = None
+    content: str | ContentParts | None = None
+
+
+Messages = Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
 
 
 class ChatCompletionRequest(GenerationFields):
     """``POST /v1/chat/completions``."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Messages
     chat_template_kwargs: dict[str, Any] | None = None
     reasoning_effort: str | None = None
 
@@ -73,22 +111,26 @@ class ChatCompletionRequest(GenerationFields):
 class CompletionRequest(GenerationFields):
     """``POST /v1/completions``."""
 
-    prompt: str | list[TokenId] | list[str] | list[list[TokenId]]
+    prompt: Prompt
+    add_special_tokens: bool | None = None
 
 
-class TokenizeRequest(BaseModel):
-    """``POST /tokenize``: a text or a conversation."""
+class TokenizeRequest(_Request):
+    """``POST /tokenize``: a text or a conversation. ``add_special_tokens`` null: for a text only, templates write their own."""
 
     prompt: str | None = None
-    messages: list[ChatMessage] | None = None
-    add_special_tokens: bool = True
+    messages: Messages | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    reasoning_effort: str | None = None
+    add_generation_prompt: bool | None = None
+    add_special_tokens: bool | None = None
     return_token_strs: bool = False
 
 
-class DetokenizeRequest(BaseModel):
+class DetokenizeRequest(_Request):
     """``POST /detokenize``."""
 
-    tokens: list[TokenId]
+    tokens: TokenIds
 
 
 class _Answer(BaseModel):

@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Callable, Iterator
 
 import uvicorn
@@ -18,7 +19,7 @@ from engine import AsyncEngine, Engine, EngineDeadError
 from server.app import create_app
 from server.lifecycle import Lifecycle
 from server.middleware import RequestIdFilter
-from server.options import ServeOptions
+from server.options import ServeOptions, resolved_lines
 from server.tokenizer import Tokenizer, TokenizerError, load_tokenizer, torch_hidden
 from server.version import version
 
@@ -91,7 +92,7 @@ class ServerProcess:
             await self._engine.shutdown()
 
     async def _load(self) -> Tokenizer:
-        _, tokenizer = await asyncio.gather(self._engine.start(), asyncio.to_thread(self._load_tokenizer))
+        _, tokenizer = await asyncio.gather(self._engine.start(), in_daemon_thread(self._load_tokenizer))
         return tokenizer
 
     async def _serve(self, tokenizer: Tokenizer, stopped: asyncio.Task[bool]) -> int:
@@ -106,9 +107,10 @@ class ServerProcess:
             if not died.done() and not serving.done():
                 await self._drain(died)
             status = await self._report_death(died) if died.done() else 0
+            ended_by_itself = serving.done() and not self._stop.is_set()
             server.should_exit = True
             await serving
-            return status
+            return 1 if ended_by_itself else status
         finally:
             died.cancel()
 
@@ -139,6 +141,8 @@ class ServerProcess:
         host, port = self._socket.getsockname()[:2]
         host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
         url = f"http://{host}:{port}"
+        for line in resolved_lines(self._engine.info):
+            say(f"  {line}")
         key = "-H 'Authorization: Bearer KEY' " if self._options.server.api_keys else ""
         body = '{"messages": [{"role": "user", "content": "hello"}]}'
         say(f"  try: curl {url}/v1/chat/completions {key}-H 'Content-Type: application/json' -d '{body}'")
@@ -180,6 +184,33 @@ class _HttpServer(uvicorn.Server):
             self._on_started()
 
 
+async def in_daemon_thread(work: Callable[[], Tokenizer]) -> Tokenizer:
+    """Run ``work`` in a thread that the end of the process does not wait for, as it would for one of asyncio's."""
+    loop = asyncio.get_running_loop()
+    result: asyncio.Future[Tokenizer] = loop.create_future()
+
+    def settle(tokenizer: Tokenizer | None, error: Exception | None) -> None:
+        if result.done():
+            return
+        if tokenizer is not None:
+            result.set_result(tokenizer)
+        else:
+            result.set_exception(error or StartError("the tokenizer could not be loaded"))
+
+    def run() -> None:
+        tokenizer: Tokenizer | None = None
+        error: Exception | None = None
+        try:
+            tokenizer = work()
+        except Exception as problem:
+            error = problem
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            loop.call_soon_threadsafe(settle, tokenizer, error)
+
+    threading.Thread(target=run, name="tokenizer-loader", daemon=True).start()
+    return await result
+
+
 def bind(host: str, port: int) -> socket.socket:
     """A socket that has the address but does not listen yet. Raises StartError."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -210,7 +241,9 @@ def say(line: str) -> None:
 def _load_tokenizer(options: ServeOptions) -> Callable[[], Tokenizer]:
     def load() -> Tokenizer:
         with torch_hidden():
-            return load_tokenizer(options.tokenizer, options.engine.revision)
+            # A revision is one of the model's repository and means nothing in another.
+            is_models = options.tokenizer == options.engine.model
+            return load_tokenizer(options.tokenizer, options.engine.revision if is_models else None)
 
     return load
 

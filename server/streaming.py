@@ -85,7 +85,12 @@ class JsonAnswer(Response):
         if not await until_disconnect(self._generate(), receive):
             logger.info("the client left; its request was aborted")
             return
-        await super().__call__(scope, receive, send)
+        seconds = self._services.config.slow_reader_timeout
+        try:
+            async with asyncio.timeout(seconds):
+                await super().__call__(scope, receive, send)
+        except TimeoutError:
+            logger.warning("the client did not read for %g s; its answer was dropped", seconds)
 
     async def _generate(self) -> None:
         generation = self._generation

@@ -13,7 +13,9 @@ from urllib.parse import urlsplit
 
 import httpx
 
-MODES = ("auto", "ar", "linear", "tidar")
+from engine import DecodingMode
+
+MODES = tuple(mode.value for mode in DecodingMode)
 HELP = f"/reset forgets the conversation, /mode {'|'.join(MODES)} changes the decoding, /exit ends"
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
+import logging
 import os
 import re
 import sys
@@ -10,32 +12,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
-
 from server.errors import invalid
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json", "spiece.model")
+logger = logging.getLogger(__name__)
 
-_TEMPLATE_ARGUMENTS = frozenset(
-    {
-        "conversation",
-        "messages",
-        "tools",
-        "documents",
-        "chat_template",
-        "tokenize",
-        "add_generation_prompt",
-        "continue_final_message",
-        "padding",
-        "truncation",
-        "max_length",
-        "return_tensors",
-        "return_dict",
-        "return_assistant_tokens_mask",
-        "tokenizer_kwargs",
-    }
-)
-"""What ``apply_chat_template`` takes itself, and a client's ``chat_template_kwargs`` must not reach."""
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json", "spiece.model")
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -55,6 +36,9 @@ class Tokenizer:
         added = tokenizer.added_tokens_decoder
         self.special_ids: frozenset[int] = frozenset(i for i, token in added.items() if token.special)
         self.num_tokens: int = len(tokenizer)
+        self.max_token_chars: int = max(map(len, tokenizer.get_vocab()))
+        # What a client's chat_template_kwargs must not reach; a template sees the conversation as ``messages``.
+        self._template_arguments = {*inspect.signature(tokenizer.apply_chat_template).parameters, "messages"}
 
     @property
     def has_chat_template(self) -> bool:
@@ -75,24 +59,32 @@ class Tokenizer:
         ids: list[int] = self._tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
         return ids
 
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]], template_kwargs: Mapping[str, Any]) -> list[int]:
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        template_kwargs: Mapping[str, Any],
+        *,
+        add_generation_prompt: bool = True,
+        add_special_tokens: bool = False,
+    ) -> list[int]:
         """Render the conversation with the checkpoint's template and encode it; the template writes BOS where one belongs.
 
         Raises a 400 when there is no template, or when the template refuses the conversation.
         """
         if not self.has_chat_template:
             raise invalid("this model has no chat template; use /v1/completions", "messages")
-        reserved = sorted(_TEMPLATE_ARGUMENTS & template_kwargs.keys())
+        reserved = sorted(self._template_arguments & template_kwargs.keys())
         if reserved:
             raise invalid(f"chat_template_kwargs must not set {reserved[0]}", "chat_template_kwargs")
         try:
             text = self._tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=True, **template_kwargs
+                list(messages), tokenize=False, add_generation_prompt=add_generation_prompt, **template_kwargs
             )
-        except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+        except Exception as error:
             # The template is a program of the checkpoint, and what it is fed comes from the client.
+            logger.debug("the chat template failed", exc_info=True)
             raise invalid(f"the chat template refuses this conversation: {str(error)[:200]}", "messages") from error
-        return self.encode(text, add_special_tokens=False)
+        return self.encode(text, add_special_tokens=add_special_tokens)
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
         """The text of ``token_ids``; bytes that are not UTF-8 come out as U+FFFD, ids past the vocabulary as nothing."""

@@ -10,35 +10,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from engine.config import ModelConfig
+from engine.models.loader import named_tensors
 from engine.models.transformer import Transformer
 from training.tokenizer import END
 
 
 def hf_tensors(model: Transformer) -> dict[str, Tensor]:
-    """The state under Qwen3's tensor names, merged projections split again."""
-    c = model.config
-    q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-    tensors = {"model.embed_tokens.weight": model.embedding, "model.norm.weight": model.norm}
-    for i, layer in enumerate(model.layers):
-        prefix = f"model.layers.{i}."
-        wq, wk, wv = layer.qkv.split((q, kv, kv))
-        gate, up = layer.gate_up.chunk(2)
-        tensors |= {
-            prefix + "input_layernorm.weight": layer.input_norm,
-            prefix + "post_attention_layernorm.weight": layer.post_attention_norm,
-            prefix + "self_attn.q_proj.weight": wq,
-            prefix + "self_attn.k_proj.weight": wk,
-            prefix + "self_attn.v_proj.weight": wv,
-            prefix + "self_attn.q_norm.weight": layer.qk_norm[0],
-            prefix + "self_attn.k_norm.weight": layer.qk_norm[1],
-            prefix + "self_attn.o_proj.weight": layer.output,
-            prefix + "mlp.gate_proj.weight": gate,
-            prefix + "mlp.up_proj.weight": up,
-            prefix + "mlp.down_proj.weight": layer.down,
-        }
-    if model.lm_head is not None:
-        tensors["lm_head.weight"] = model.lm_head
-    return {name: t.detach().to(torch.bfloat16).contiguous().clone() for name, t in tensors.items()}
+    """The weights under Qwen3's tensor names, each with its own memory, as safetensors wants it."""
+    return {name: t.detach().to(torch.bfloat16).clone().contiguous() for name, t in named_tensors(model).items()}
 
 
 def hf_config(config: ModelConfig) -> dict[str, object]:

@@ -6,8 +6,8 @@ import contextlib
 import math
 import random
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,11 @@ class Trainer:
         self.step, self.elapsed = 0, 0.0
 
     @property
+    def device(self) -> torch.device:
+        """Where the model is, and so where batches are made."""
+        return self.model.embedding.device
+
+    @property
     def state_file(self) -> Path:
         return self.folder / "state.pt"
 
@@ -100,7 +105,6 @@ class Trainer:
             "rng": self.rng.getstate(),
             "step": self.step,
             "elapsed": self.elapsed,
-            "config": asdict(self.config),
         }
         temporary = self.state_file.with_suffix(".tmp")
         torch.save(state, temporary)
@@ -110,7 +114,7 @@ class Trainer:
         """Load the saved state if there is one; False if the run starts afresh."""
         if not self.state_file.exists():
             return False
-        state = torch.load(self.state_file, weights_only=False)
+        state = torch.load(self.state_file, weights_only=False, map_location=self.device)
         self.model.load_state_dict(state["model"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
@@ -128,8 +132,9 @@ class Trainer:
         examples = draw_batch(self.conversations, config.rows, self.rng)
         block_length = self.rng.choice(config.block_lengths)
         starts = [block_starts(e, block_length, self.rng) for e in examples]
-        batch = make_batch(examples, starts, block_length, self.tidar.mask_token_id)
-        with _autocast():
+        with self.device:
+            batch = make_batch(examples, starts, block_length, self.tidar.mask_token_id)
+        with _autocast(self.device):
             result = loss(self.model, batch, config.alpha)
         result.total.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.gradient_clip)
@@ -161,13 +166,14 @@ class Trainer:
 
     def report(self) -> str:
         """Evaluate on the held-out examples."""
-        return evaluate(self.model, self.held_out, self.tidar.block_length, self.tidar.mask_token_id).line()
+        with self.device:
+            return evaluate(self.model, self.held_out, self.tidar.block_length, self.tidar.mask_token_id).line()
 
 
-def _autocast() -> contextlib.AbstractContextManager[Any]:
+def _autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Bfloat16 products where the processor has units for them: about twice as fast there, and slower elsewhere."""
-    if torch.cuda.is_available():
-        return torch.autocast("cuda", dtype=torch.bfloat16)
-    if torch.cpu._is_avx512_bf16_supported():
-        return torch.autocast("cpu", dtype=torch.bfloat16)
+    # A private name of torch: where a version lacks it, products stay as they are.
+    cpu_has_units: Callable[[], bool] = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    if device.type == "cuda" or (device.type == "cpu" and cpu_has_units()):
+        return torch.autocast(device.type, dtype=torch.bfloat16)
     return contextlib.nullcontext()

@@ -51,70 +51,48 @@ class StepLayout:
     block_length_N: Tensor
 
 
-class _Rows:
-    """Accumulates rows while a layout is built."""
-
-    def __init__(self) -> None:
-        self.request: list[int] = []
-        self.clean: list[bool] = []
-        self.index: list[int] = []
-        self.rank: list[int] = []
-        self.in_block: list[int] = []
-
-    def add(self, request: int, clean: bool, index: int, rank: int = 0, in_block: int = 0) -> int:
-        self.request.append(request)
-        self.clean.append(clean)
-        self.index.append(index)
-        self.rank.append(rank)
-        self.in_block.append(in_block)
-        return len(self.request) - 1
-
-
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=256)
 def build_layout(shapes: tuple[Shape, ...], device: torch.device) -> StepLayout:
     """The layout of a step whose requests have these shapes."""
-    rows, starts = _Rows(), [0]
-    prefill: list[int] = []
-    verify: list[tuple[int, int, int]] = []
-    masks: list[tuple[int, int, int, int]] = []
-    for request, (num_prefill, num_drafts, num_branches, block_length) in enumerate(shapes):
-        prefill += [rows.add(request, True, i) for i in range(num_prefill)]
-        verify += [(rows.add(request, True, num_prefill + i), request, i) for i in range(num_drafts)]
-        for rank in range(num_branches):
-            for j in range(block_length):
-                row = rows.add(request, False, num_prefill + num_drafts + rank * block_length + j, rank, j)
-                if j > 0:
-                    masks.append((row, request, rank, j - 1))
-        starts.append(len(rows.request))
+    num_prefill_N, num_drafts_N, num_branches_N, block_length_N = torch.tensor(shapes).unbind(1)
+    num_clean_N = num_prefill_N + num_drafts_N
+    num_rows_N = num_clean_N + num_branches_N * block_length_N
+    ends_N = num_rows_N.cumsum(0)
 
-    max_branches = max(s[2] for s in shapes)
-    max_block = max((s[3] for s in shapes if s[2]), default=1)
-    masks_nbk = torch.zeros((len(shapes), max_branches, max_block - 1), dtype=torch.long)
-    for place, (_, request, rank, j) in enumerate(masks):
-        masks_nbk[request, rank, j] = len(verify) + place
+    request_R = torch.arange(len(shapes)).repeat_interleave(num_rows_N)
+    index_R = torch.arange(len(request_R)) - (ends_N - num_rows_N)[request_R]
+    num_prefill_R, num_clean_R, block_length_R = num_prefill_N[request_R], num_clean_N[request_R], block_length_N[request_R]
+    clean_R = index_R < num_clean_R
+    mask_R = (index_R - num_clean_R).clamp(min=0)
+    rank_R, in_block_R = mask_R // block_length_R, mask_R % block_length_R
 
-    def integers(values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.long, device=device)
-
+    verify_rows_D = (clean_R & (index_R >= num_prefill_R)).nonzero().squeeze(1)
+    # The first mask of a block stands at the position of a token that the step itself emits, so it never drafts.
+    drafting_rows = in_block_R.nonzero().squeeze(1)
+    places = len(verify_rows_D) + torch.arange(len(drafting_rows))
+    max_branches = max(branches for _, _, branches, _ in shapes)
+    max_block = max((length for _, _, branches, length in shapes if branches), default=1)
+    masks_NBK = torch.zeros((len(shapes), max_branches, max_block - 1), dtype=torch.long)
+    masks_NBK[request_R[drafting_rows], rank_R[drafting_rows], in_block_R[drafting_rows] - 1] = places
     return StepLayout(
-        row_starts=tuple(starts),
-        num_rows=starts[-1],
-        max_drafts=max(s[1] for s in shapes),
+        row_starts=(0, *ends_N.tolist()),
+        num_rows=len(request_R),
+        max_drafts=max(drafts for _, drafts, _, _ in shapes),
         max_branches=max_branches,
         max_block=max_block,
-        request_R=integers(rows.request),
-        clean_R=torch.tensor(rows.clean, device=device),
-        index_R=integers(rows.index),
-        rank_R=integers(rows.rank),
-        in_block_R=integers(rows.in_block),
-        prefill_rows=integers(prefill),
-        verify_rows_D=integers([row for row, _, _ in verify]),
-        verify_request_D=integers([request for _, request, _ in verify]),
-        verify_index_D=integers([i for _, _, i in verify]),
-        masks_NBK=masks_nbk.to(device),
-        logit_rows=integers([row for row, _, _ in verify] + [row for row, _, _, _ in masks]),
-        num_prefill_N=integers([s[0] for s in shapes]),
-        num_drafts_N=integers([s[1] for s in shapes]),
-        num_branches_N=integers([s[2] for s in shapes]),
-        block_length_N=integers([s[3] for s in shapes]),
+        request_R=request_R.to(device),
+        clean_R=clean_R.to(device),
+        index_R=index_R.to(device),
+        rank_R=rank_R.to(device),
+        in_block_R=in_block_R.to(device),
+        prefill_rows=(index_R < num_prefill_R).nonzero().squeeze(1).to(device),
+        verify_rows_D=verify_rows_D.to(device),
+        verify_request_D=request_R[verify_rows_D].to(device),
+        verify_index_D=(index_R - num_prefill_R)[verify_rows_D].to(device),
+        masks_NBK=masks_NBK.to(device),
+        logit_rows=torch.cat((verify_rows_D, drafting_rows)).to(device),
+        num_prefill_N=num_prefill_N.to(device),
+        num_drafts_N=num_drafts_N.to(device),
+        num_branches_N=num_branches_N.to(device),
+        block_length_N=block_length_N.to(device),
     )

@@ -48,6 +48,13 @@ def num_useful_branches(num_drafts: int, wanted: int) -> int:
     return max(0, min(num_drafts, wanted - 2))
 
 
+def default_mode(config: DecodeConfig, block_length: int | None) -> DecodingMode:
+    """What ``auto`` means in a request: the configured mode, or the fastest that the checkpoint was trained for."""
+    if config.mode is not DecodingMode.AUTO:
+        return config.mode
+    return DecodingMode.AR if block_length is None else DecodingMode.TIDAR
+
+
 def policies(config: DecodeConfig, block_length: int | None) -> dict[DecodingMode, DraftPolicy]:
     """The policy of every mode that the checkpoint supports; ``block_length`` None means that it was not trained to draft."""
     available: dict[DecodingMode, DraftPolicy] = {DecodingMode.AR: Autoregressive()}
@@ -55,7 +62,5 @@ def policies(config: DecodeConfig, block_length: int | None) -> dict[DecodingMod
         branches = block_length if config.num_branches is None else config.num_branches
         available[DecodingMode.LINEAR] = Drafting(block_length, 0)
         available[DecodingMode.TIDAR] = Drafting(block_length, branches)
-    configured = DecodingMode(config.mode)
-    fallback = DecodingMode.TIDAR if block_length is not None else DecodingMode.AR
-    available[DecodingMode.AUTO] = available[fallback if configured is DecodingMode.AUTO else configured]
+    available[DecodingMode.AUTO] = available[default_mode(config, block_length)]
     return available

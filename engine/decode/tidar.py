@@ -22,12 +22,16 @@ from kernels.paged_attention.metadata import AttentionMetadata
 
 @dataclass(frozen=True, slots=True)
 class StepInputs:
-    """One laid-out step. The runner reads the first group of fields, the judge the second."""
+    """One laid-out step.
+
+    The runner reads the first group of fields. The judge reads the second, and of the first the layout, the positions and the
+    prefix lengths.
+    """
 
     layout: StepLayout
     token_ids_R: Tensor
     positions_R: Tensor
-    slots_R: Tensor
+    slot_mapping_R: Tensor
     attention: AttentionMetadata
 
     slot_N: Tensor
@@ -45,8 +49,7 @@ class PendingResult:
         if packed is not None and packed.is_cuda:
             self._packed = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
             self._packed.copy_(packed, non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record()
+            self._event = torch.cuda.current_stream(packed.device).record_event()
 
     def read(self) -> StepResult:
         """The result as plain data."""
@@ -89,7 +92,7 @@ class TidarDecoder:
             layout=layout,
             token_ids_R=self._token_ids(plan, layout, slot_N),
             positions_R=positions_R,
-            slots_R=self._kv_slots(layout, positions_R, block_table_NP, num_drafts_N),
+            slot_mapping_R=self._slot_mapping(layout, positions_R, block_table_NP, num_drafts_N),
             attention=AttentionMetadata(
                 row_starts=layout.row_starts,
                 prefix_lengths=computed_N,
@@ -124,7 +127,7 @@ class TidarDecoder:
             token_ids_R[layout.prefill_rows] = torch.tensor(prefill, device=self.batch.device)
         return token_ids_R
 
-    def _kv_slots(self, layout: StepLayout, positions_R: Tensor, block_table_NP: Tensor, num_drafts_N: Tensor) -> Tensor:
+    def _slot_mapping(self, layout: StepLayout, positions_R: Tensor, block_table_NP: Tensor, num_drafts_N: Tensor) -> Tensor:
         """Where K/V of a row is kept: clean rows in their final page slot, all others in the null page."""
         pages_R = block_table_NP[layout.request_R, positions_R // self.page_size]
         num_clean_N = layout.num_prefill_N + num_drafts_N

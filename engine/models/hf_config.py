@@ -46,11 +46,11 @@ _ARCHITECTURES: Mapping[str, _Architecture] = {
     "LlamaForCausalLM": _Architecture(
         attention_bias=True,
         mlp_bias=True,
-        defaults={"bos_token_id": 1, "eos_token_id": 2},
+        defaults={"eos_token_id": 2},
     ),
     "MistralForCausalLM": _Architecture(
         window=_Window.SLIDING_WINDOW,
-        defaults={"bos_token_id": 1, "eos_token_id": 2, "num_key_value_heads": 8, "sliding_window": 4096},
+        defaults={"eos_token_id": 2, "num_key_value_heads": 8, "sliding_window": 4096},
     ),
     "Qwen2ForCausalLM": _Architecture(
         qkv_bias=True,
@@ -155,7 +155,6 @@ def read_model_config(folder: Path) -> ModelConfig:
         sliding_window=_sliding_window(architecture.window, config),
         tidar=_tidar(config),
         eos_token_ids=generation.token_ids("eos_token_id") or config.token_ids("eos_token_id"),
-        bos_token_id=config.optional_integer("bos_token_id", minimum=0),
     )
     _check_heads(model, config)
     return model

@@ -105,9 +105,9 @@ def load_model(
     stored = {name: tensor for file in files for name, tensor in _read_header(file).items()}
     with torch.device("meta"):
         model = Transformer(config, kernels).to(dtype).requires_grad_(False).eval()
-    _check(stored, _destinations(model), config, folder)
+    _check(stored, named_tensors(model), config, folder)
     _allocate(model, device)
-    _fill(files, _destinations(model), progress)
+    _fill(files, named_tensors(model), progress)
     if config.tie_word_embeddings and _HEAD in stored:
         _check_tied_head(stored[_HEAD].file, model.embedding)
     return model
@@ -124,6 +124,17 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ModelLoadError(f"{file} does not hold a JSON object: copy or download it again")
     return value
+
+
+def named_tensors(model: Transformer) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint by Hugging Face's name: the model's parameters, or views of those that are merged there."""
+    places: dict[str, Tensor] = {"model.embed_tokens.weight": model.embedding, "model.norm.weight": model.norm}
+    if model.lm_head is not None:
+        places[_HEAD] = model.lm_head
+    for index, layer in enumerate(model.layers):
+        assert isinstance(layer, DecoderLayer)
+        places |= {f"model.layers.{index}.{name}": place for name, place in _layer_tensors(layer).items()}
+    return places
 
 
 def _download(model: str, revision: str | None) -> Path:
@@ -192,18 +203,7 @@ def _read_header(file: Path) -> dict[str, _StoredTensor]:
         return {name: _StoredTensor(file, tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
 
 
-def _destinations(model: Transformer) -> dict[str, Tensor]:
-    """Where each tensor of the checkpoint goes: parameters, or views of the merged ones, by Hugging Face's names."""
-    places: dict[str, Tensor] = {"model.embed_tokens.weight": model.embedding, "model.norm.weight": model.norm}
-    if model.lm_head is not None:
-        places[_HEAD] = model.lm_head
-    for index, layer in enumerate(model.layers):
-        assert isinstance(layer, DecoderLayer)
-        places |= {f"model.layers.{index}.{name}": place for name, place in _layer_destinations(layer).items()}
-    return places
-
-
-def _layer_destinations(layer: DecoderLayer) -> dict[str, Tensor]:
+def _layer_tensors(layer: DecoderLayer) -> dict[str, Tensor]:
     places: dict[str, Tensor | None] = {
         "input_layernorm.weight": layer.input_norm,
         "post_attention_layernorm.weight": layer.post_attention_norm,

@@ -122,7 +122,7 @@ def test_a_request_preempted_in_flight_loses_that_step_and_gives_the_same_tokens
 
 @pytest.mark.parametrize("depth", [0, 1])
 def test_a_request_preempted_while_its_prompt_is_computed_starts_again(depth: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    limits = FakeLimits(page_size=2, num_pages=25, max_num_seqs=2, budget=5, depth=depth, share_prefixes=False, guess_rate=0.0)
+    limits = FakeLimits(page_size=2, num_pages=22, max_num_seqs=2, budget=3, depth=depth, share_prefixes=False, guess_rate=0.0)
     core, device = fake_engine(limits)
     scripts = [make_script("a", (1,) * 6, (2,) * 30), make_script("b", (3,) * 30, (1, 2, 3))]
     device.scripts = {s.request.request_id: s for s in scripts}

@@ -27,6 +27,7 @@ from engine.config import (
 from engine.core import EngineCore
 from engine.messages import SamplingDefaults
 from engine.models.transformer import Transformer
+from engine.sampling_params import DecodingMode
 from kernels.backend import REFERENCE
 
 VOCAB_SIZE, MASK_TOKEN, EOS_TOKEN = 23, 7, 3
@@ -96,6 +97,6 @@ def tiny_engine(
         "tiny",
         cache=CacheConfig(page_size, num_pages, prefix_caching),
         scheduler=SchedulerConfig(max_num_seqs, budget, async_depth=depth),
-        decode=DecodeConfig("tidar", block_length, num_branches),
+        decode=DecodeConfig(DecodingMode.TIDAR, block_length, num_branches),
     )
     return assemble(config, model, MAX_MODEL_LEN, SamplingDefaults(), REFERENCE)

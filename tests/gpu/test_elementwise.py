@@ -22,12 +22,12 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("check", [check_rms_norm, check_add_rms_norm, check_rope, check_swiglu])
 def test_selected_kernels(check, dtype, device):
-    check(select_kernels(device), dtype, device)
+    check(select_kernels("auto", device, dtype, 2), dtype, device)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_kv_write(dtype, device):
-    check_kv_write(select_kernels(device), 64, dtype, device)
+    check_kv_write(select_kernels("auto", device, dtype, 2), 64, dtype, device)
 
 
 def test_philox_integers_are_those_of_the_cpu(device):

@@ -69,26 +69,41 @@ def test_importing_a_package_loads_neither_torch_nor_transformers(module):
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
-def test_transformers_models_import_beside_an_installed_wheel(tmp_path):
-    """Transformers takes any package named ``kernels`` for its own optional dependency and looks at its version."""
-    target = tmp_path / "site"
-    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--target", str(target)]
-    source = tmp_path / "source"
-    tracked = subprocess.run(
-        ["git", "ls-files", "*.py", "pyproject.toml", "README.md", "LICENSE"],
-        cwd=ROOT,
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    for name in tracked.stdout.split():
+def tracked(*patterns: str) -> list[str]:
+    """Files that git has, or would take with the next commit."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", *patterns]
+    listed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    return [name for name in listed.stdout.splitlines() if (ROOT / name).is_file()]
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """A folder into which a wheel of the tracked files is installed."""
+    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("site")
+    for name in tracked(*PACKAGES, "pyproject.toml", "README.md", "LICENSE*"):
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         (source / name).write_bytes((ROOT / name).read_bytes())
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--target", str(target)]
     subprocess.run([*install, str(source)], check=True)
+    return target
+
+
+def test_transformers_models_import_beside_an_installed_wheel(site, tmp_path):
+    """Transformers takes any package named ``kernels`` for its own optional dependency and looks at its version."""
     code = (
-        f"import sys; sys.path.insert(0, {str(target)!r})\n"
+        f"import sys; sys.path.insert(0, {str(site)!r})\n"
         "import kernels, transformers\n"
-        f"assert kernels.__file__.startswith({str(target)!r}), kernels.__file__\n"
+        f"assert kernels.__file__.startswith({str(site)!r}), kernels.__file__\n"
         "from transformers import LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM\n"
     )
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=tmp_path, check=True)
+
+
+def test_the_wheel_has_the_data_and_its_command_runs(site):
+    data = tracked("server/bundled_model", "training/corpus/data", "training/corpus/facts.json")
+    assert {"server/bundled_model/model.safetensors", "training/corpus/facts.json"} < set(data)
+    assert [name for name in data if not (site / name).is_file()] == []
+    shown = subprocess.run(
+        [sys.executable, "-m", "server.cli", "--version"], cwd=site, check=True, capture_output=True, text=True
+    )
+    assert shown.stdout.startswith("tidar-server 20")

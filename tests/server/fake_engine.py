@@ -36,7 +36,7 @@ class End(enum.Enum):
 
 @dataclass(frozen=True)
 class Script:
-    """The steps of one request. An EOS step follows them with ``End.EOS``; ``hang_first`` waits before the first step."""
+    """The steps of one request, and what follows them: with ``End.EOS`` an EOS step."""
 
     steps: Sequence[Sequence[int]] = ()
     end: End = End.EOS

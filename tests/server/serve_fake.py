@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 
 from engine import EngineDeadError, GenerateRequest
 from server.flags import Parser, add_flags
@@ -49,6 +50,9 @@ def main() -> int:
         return 1
 
     def load():
+        if os.environ.get("FAKE_SLOW_TOKENIZER"):
+            print("loading the tokenizer", flush=True)
+            time.sleep(600)
         with torch_hidden():
             return load_tokenizer(options.tokenizer)
 

@@ -50,3 +50,12 @@ async def test_token_ids_come_back(make_client, tokenizer):
     assert tuple(whole["prompt_token_ids"]) == engine.requests[0].prompt_token_ids
     assert events[0]["choices"][0]["prompt_token_ids"] == whole["prompt_token_ids"]
     assert [i for e in events[:-1] for i in e["choices"][0].get("token_ids") or ()] == whole["token_ids"]
+
+
+async def test_add_special_tokens(make_client, tokenizer):
+    engine = FakeEngine()
+    async with make_client(engine) as client:
+        for fields in ({}, {"add_special_tokens": True}, {"add_special_tokens": False}):
+            assert (await client.post("/v1/completions", json={"prompt": "a", **fields})).status_code == 200
+    bare = tuple(tokenizer.encode("a", add_special_tokens=False))
+    assert [r.prompt_token_ids == bare for r in engine.requests] == [False, False, True]

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import asyncio
 import json
 
+import httpx
 import pytest
 
-from engine import DecodingMode
+from engine import DecodingMode, SchedulerConfig
+from server.lifecycle import Lifecycle
 from tests.server.conftest import chat, sse_data, text_script
 from tests.server.fake_engine import MASK, End, FakeEngine, Script, tidar_info
 
@@ -40,6 +43,21 @@ REFUSED = [
     ("web_search_options", {}),
     ("chat_template", "{{ x }}"),
     ("guided_regex", "a*"),
+    ("documents", [{"text": "a"}]),
+    ("structural_tag", {"type": "structural_tag"}),
+    ("regex", "a*"),
+    ("ebnf", "root ::= 'a'"),
+    ("grammar", "root ::= 'a'"),
+    ("json_schema", {"type": "object"}),
+    ("min_new_tokens", 3),
+    ("n_predict", 3),
+    ("typical_p", 0.5),
+    ("logits_processors", ["x"]),
+    ("return_tokens_as_token_ids", True),
+    ("spaces_between_special_tokens", False),
+    ("add_generation_prompt", False),
+    ("continue_final_message", True),
+    ("add_special_tokens", True),
     ("best_of", 3),
     ("priority", 1),
 ]
@@ -119,6 +137,8 @@ INVALID = [
     ("stop", ""),
     ("stop", ["a", ""]),
     ("stop", ["a"] * 17),
+    ("stop", "a" * 1001),
+    ("stop_token_ids", [1] * 257),
     ("stop_token_ids", [10**6]),
     ("decoding", "fast"),
     ("stream_options", {"include_usage": True}),
@@ -163,6 +183,62 @@ async def test_validation_errors_are_few_short_and_without_the_values(make_clien
     parts = error["message"].split("; ")
     assert len(parts) <= 11
     assert all(len(part) <= 200 for part in parts)
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "at"),
+    [
+        (TEXT, {"prompt": [{}] * 100_000}, "prompt.tokens.0"),
+        (TEXT, {"prompt": ["a", *[{}] * 4000]}, "prompt.texts.1"),
+        (TEXT, {"prompt": [[{}] * 1000] * 100}, "prompt.token_lists.0.0"),
+        (TEXT, {"prompt": ["a"] * 100_000}, "prompt.texts"),
+        (TEXT, {"prompt": {}}, "prompt.text"),
+        (CHAT, chat(stop_token_ids=["x"] * 200), "stop_token_ids.0"),
+        (CHAT, {"messages": [0] * 10_000}, "messages.0"),
+        (CHAT, {"messages": [{"role": "user"}] * 20_000}, "messages"),
+        ("/detokenize", {"tokens": ["x"] * 100_000}, "tokens.0"),
+    ],
+)
+async def test_a_huge_wrong_list_is_one_error(make_client, path, body, at):
+    async with make_client(FakeEngine()) as client:
+        message = envelope(await client.post(path, json=body), 400)["message"]
+    assert message.startswith(f"{at}: ")
+    assert ";" not in message
+
+
+async def test_choices_that_can_never_wait_together_are_no_503(make_client):
+    limits = SchedulerConfig(max_num_seqs=1, max_waiting_requests=2, max_waiting_tokens=10)
+    async with make_client(FakeEngine(), limits=limits) as client:
+        assert envelope(await client.post(TEXT, json={"prompt": [70], "n": 4}), 400)["param"] == "n"
+        assert envelope(await client.post(TEXT, json={"prompt": [70] * 6, "n": 2}), 400)["param"] == "n"
+        assert (await client.post(TEXT, json={"prompt": [70] * 5, "n": 2})).status_code == 200
+        assert (await client.post(TEXT, json={"prompt": [70] * 20})).status_code == 200, "a prompt alone may be long"
+
+
+async def test_what_will_be_refused_is_refused_before_it_is_encoded(make_app, tokenizer, monkeypatch):
+    monkeypatch.setattr(type(tokenizer), "encode", lambda *args, **kwargs: pytest.fail("it was encoded"))
+    engine = FakeEngine(lambda r: Script(end=End.HANG), info=tidar_info(max_model_len=10))
+    lifecycle = Lifecycle(retry_after=1)
+    app = make_app(engine, lifecycle, limits=SchedulerConfig(max_num_seqs=1, max_waiting_requests=0))
+    long = "x" * (10 * tokenizer.max_token_chars + 1)
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+        for path, body in ((CHAT, chat(long)), (CHAT, chat([{"type": "text", "text": long}])), (TEXT, {"prompt": long})):
+            assert envelope(await client.post(path, json=body), 400)["code"] == "context_length_exceeded"
+        running = asyncio.create_task(client.post(TEXT, json={"prompt": [70]}))
+        await engine.until(lambda e: bool(e.running))
+        for path, body in ((CHAT, chat()), (TEXT, {"prompt": "a"})):
+            assert envelope(await client.post(path, json=body), 503)["code"] == "server_overloaded"
+        lifecycle.begin_drain()
+        for path, body in ((CHAT, chat()), (TEXT, {"prompt": "a"})):
+            assert envelope(await client.post(path, json=body), 503)["code"] == "server_shutting_down"
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+
+
+async def test_a_refusal_is_written_as_json(make_client):
+    async with make_client(FakeEngine()) as client:
+        error = envelope(await client.post(TEXT, json={"prompt": "a", "echo": True}), 400)
+    assert error["message"].endswith("or send false")
 
 
 async def test_routes_and_methods(make_client):

@@ -106,6 +106,7 @@ async def test_an_idle_server_ends_at_once(tokenizer_folder):
         status, out, err = await server.end()
     assert status == 0, err
     assert "curl" in out
+    assert "max_model_len         10000" in out, "the resolved configuration, not what was asked for"
     assert "secret" not in out + err
     assert answer.headers["x-request-id"] in err
 
@@ -135,6 +136,16 @@ async def test_the_engines_death_ends_the_process(tokenizer_folder):
     assert status == 1
     assert "tidar serve: the engine process was killed by SIGKILL" in err
     assert "Traceback" not in err
+
+
+async def test_sigterm_does_not_wait_for_a_slow_start(tokenizer_folder):
+    async with start(tokenizer_folder, FAKE_SLOW_TOKENIZER="1") as server:
+        assert await server.process.stdout.readline() == b"loading the tokenizer\n"
+        server.process.send_signal(signal.SIGTERM)
+        async with asyncio.timeout(20):
+            status, out, err = await server.end()
+    assert (status, err) == (0, "")
+    assert "ready" not in out
 
 
 async def test_a_failed_start_is_one_line(tokenizer_folder):

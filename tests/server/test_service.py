@@ -32,7 +32,11 @@ async def test_health_version_load(make_client):
     async with make_client(engine) as client:
         for path in ("/health", "/health/live", "/health/ready"):
             assert (await client.get(path)).status_code == 200
-        engine.heartbeat_age = 61.0
+            assert (await client.head(path)).status_code == 200
+        for path in ("/docs", "/redoc"):
+            assert (await client.get(path)).status_code == 404
+        assert (await client.get("/openapi.json")).status_code == 200
+        engine.heartbeat_age = 601.0
         assert (await client.get("/health/live")).status_code == 503
         assert (await client.get("/version")).json()["version"]
         assert (await client.get("/load")).json() == {"server_load": 0}
@@ -50,6 +54,24 @@ async def test_tokenize_and_back(make_client, tokenizer):
         assert (await client.post("/tokenize", json={"messages": messages})).json()["tokens"][0] == answer["tokens"][0]
         assert (await client.post("/tokenize", json={})).status_code == 400
         assert (await client.post("/detokenize", json={"tokens": [-1]})).status_code == 400
+
+
+async def test_tokenize_takes_the_fields_of_a_chat(make_client, tokenizer):
+    chat_of = {"messages": [{"role": "user", "content": "a"}]}
+    async with make_client(FakeEngine()) as client:
+
+        async def tokens(**fields):
+            answer = await client.post("/tokenize", json=fields)
+            return answer.json()["tokens"] if answer.status_code == 200 else answer.json()["error"]["code"]
+
+        plain = await tokens(**chat_of)
+        assert await tokens(**chat_of, add_special_tokens=True) == [plain[0], *plain]
+        assert await tokens(**chat_of, add_generation_prompt=True) == plain
+        mood = tokenizer.encode("sad", add_special_tokens=False)
+        assert await tokens(**chat_of, chat_template_kwargs={"mood": "sad"}) == [*plain, *mood]
+        assert await tokens(prompt="a", model="c") == "model_not_found"
+        assert await tokens(prompt="a", truncate_prompt_tokens=3) == "unsupported_parameter"
+        assert len(await tokens(prompt="a " * 20_000)) > 20_000, "counting is allowed beyond the context"
 
 
 async def test_keys_guard_everything_but_health_and_metrics(make_client):

@@ -46,7 +46,7 @@ async def test_a_conversation(make_app, tokenizer):
     flags = ("--temperature", "0.5", "--system", "be kind", "--max-tokens", "40")
     async with listening(make_app(engine, api_keys=("k",))) as url:
         lines = "one\n/mode ar\ntwo\n\n/nonsense\n/reset\nthree\n/exit\nnever\n"
-        status, out, err = await talk(url, lines, *flags, TIDAR_API_KEY="k")
+        status, out, err = await talk(url, lines, *flags, TIDAR_CHAT_API_KEY="k")
     assert (status, err) == (0, "")
     for number in (1, 2, 3):
         assert f"answer {number} 🙂\n[" in out

@@ -1,7 +1,8 @@
 """A core without a model, for tests of the process around it: each request gets its own prompt back, a token a step.
 
 Names steer it. Of the config's ``model``: how the start goes. Of a request's id: ``hold...`` is never finished, ``mute...``
-gets no output at all, ``watch...`` is told of the next abort, ``raise...`` and ``exit...`` end the process in a step.
+gets no output at all, ``watch...`` is told of the next abort, ``raise...`` and ``exit...`` end the process in a step, and
+``unreadable...`` is answered with bytes that the server cannot turn into a message.
 """
 
 from __future__ import annotations
@@ -52,6 +53,17 @@ def build(config: EngineConfig, progress: Callable[[str], None]) -> FakeCore:
     return FakeCore()
 
 
+class Unreadable:
+    """Can be pickled, and not unpickled."""
+
+    def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
+        return _raise_garbage, ()
+
+
+def _raise_garbage() -> None:
+    raise ValueError("garbage")
+
+
 class FakeCore:
     info = INFO
 
@@ -92,6 +104,8 @@ class FakeCore:
             raise RuntimeError("device lost")
         if name.startswith("exit"):
             os._exit(EXIT_CODE)
+        if name.startswith("unreadable"):
+            return RequestOutput(name, (), error=Unreadable())  # type: ignore[arg-type]
         token = self._rest(request)[0]
         self._num_emitted[name] += 1
         if self._rest(request) or name.startswith("hold"):

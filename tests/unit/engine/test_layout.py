@@ -64,14 +64,14 @@ def test_the_worked_example_sees_what_it_should() -> None:
 def test_only_drafts_are_kept_and_masks_go_to_the_null_page() -> None:
     inputs = lay_out_example(DraftPlan(3, 3, 3))
     # Position 3 is the last of page 5; positions 4 and 5 are the first of page 2.
-    assert inputs.slots_R.tolist() == [5 * PAGE_SIZE + 3, 2 * PAGE_SIZE, 2 * PAGE_SIZE + 1] + [0] * 9
+    assert inputs.slot_mapping_R.tolist() == [5 * PAGE_SIZE + 3, 2 * PAGE_SIZE, 2 * PAGE_SIZE + 1] + [0] * 9
 
 
 def test_drafts_beyond_those_held_are_padding_that_nobody_keeps() -> None:
     inputs = lay_out_example(DraftPlan(3, 1, 3), held=1)
     assert inputs.num_drafts_N.tolist() == [1]
     assert inputs.order_NB.tolist() == [[0]]
-    assert inputs.slots_R.tolist() == [5 * PAGE_SIZE + 3] + [0] * 5
+    assert inputs.slot_mapping_R.tolist() == [5 * PAGE_SIZE + 3] + [0] * 5
     assert [seen_by(inputs, row) for row in (3, 4, 5)] == [[0, 3, 4, 5]] * 3, "a mask of branch 0 sees draft 0 and its block"
 
 
@@ -101,7 +101,7 @@ def test_prefill_chunks_and_decode_steps_share_a_step() -> None:
     assert inputs.token_ids_R.tolist() == [A, B, *[B, C, D, MASK, MASK, MASK]]
     assert inputs.positions_R.tolist() == [0, 1, *[1, 2, 3, 4, 5, 6]]
     first, second = 3 * PAGE_SIZE, 5 * PAGE_SIZE
-    assert inputs.slots_R.tolist() == [first, first + 1, second + 1, second + 2, second + 3, 0, 0, 0]
+    assert inputs.slot_mapping_R.tolist() == [first, first + 1, second + 1, second + 2, second + 3, 0, 0, 0]
     assert inputs.num_drafts_N.tolist() == [0, 1]
     assert inputs.layout.logit_rows.tolist() == [4, 6, 7], "the draft, and the masks that draft: the first mask never does"
     assert inputs.attention.row_starts == (0, 2, 8)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from engine.config import DecodeConfig
-from engine.decode.policy import Autoregressive, Drafting, num_useful_branches, policies
+from engine.decode.policy import Autoregressive, Drafting, default_mode, num_useful_branches, policies
 from engine.sampling_params import DecodingMode
 from engine.step import DraftPlan
 
@@ -55,20 +55,22 @@ def test_a_plan_counts_its_rows() -> None:
 
 
 def test_every_mode_has_a_policy() -> None:
-    table = policies(DecodeConfig("tidar", None, 2), K)
+    table = policies(DecodeConfig(DecodingMode.TIDAR, None, 2), K)
     assert table[DecodingMode.AR] == Autoregressive()
     assert table[DecodingMode.LINEAR] == Drafting(K, 0)
     assert table[DecodingMode.TIDAR] == table[DecodingMode.AUTO] == Drafting(K, 2)
-    assert policies(DecodeConfig("tidar", None, None), K)[DecodingMode.TIDAR] == Drafting(K, K)
+    assert policies(DecodeConfig(DecodingMode.TIDAR, None, None), K)[DecodingMode.TIDAR] == Drafting(K, K)
 
 
-@pytest.mark.parametrize(("mode", "same_as"), [("linear", DecodingMode.LINEAR), ("ar", DecodingMode.AR)])
-def test_auto_means_the_configured_mode(mode: str, same_as: DecodingMode) -> None:
+@pytest.mark.parametrize("mode", [DecodingMode.LINEAR, DecodingMode.AR])
+def test_auto_means_the_configured_mode(mode: DecodingMode) -> None:
     table = policies(DecodeConfig(mode), K)
-    assert table[DecodingMode.AUTO] == table[same_as]
+    assert table[DecodingMode.AUTO] == table[mode]
 
 
 def test_a_checkpoint_that_cannot_draft_decodes_plainly() -> None:
-    table = policies(DecodeConfig("auto"), None)
+    table = policies(DecodeConfig(DecodingMode.AUTO), None)
+    assert default_mode(DecodeConfig(DecodingMode.AUTO), None) is DecodingMode.AR
+    assert default_mode(DecodeConfig(DecodingMode.AUTO), K) is DecodingMode.TIDAR
     assert set(table) == {DecodingMode.AR, DecodingMode.AUTO}
     assert table[DecodingMode.AUTO] == Autoregressive()

@@ -12,11 +12,12 @@ import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import pytest
 
-from engine.async_engine import Engine, EngineDeadError, QueueFullError
 from engine.config import EngineConfig, SchedulerConfig
+from engine.interface import Engine, EngineDeadError, QueueFullError
 from engine.messages import EngineStats, FinishReason, GenerateRequest, Progress, RequestOutput
 from engine.process import AsyncEngine, OutputStream
 from engine.sampling_params import SamplingParams
@@ -51,6 +52,10 @@ async def running(**limits: int) -> AsyncIterator[AsyncEngine]:
 
 def ask(request_id: str, *tokens: int) -> GenerateRequest:
     return GenerateRequest(request_id, tokens, SamplingParams(max_tokens=1000))
+
+
+def salted(request_id: str, salt: object) -> GenerateRequest:
+    return replace(ask(request_id, 1), cache_salt=salt)  # type: ignore[arg-type]
 
 
 async def tokens_of(stream: OutputStream) -> list[int]:
@@ -234,6 +239,18 @@ def test_waiting_prompt_tokens_are_limited() -> None:
     asyncio.run(scenario())
 
 
+def test_a_request_that_cannot_be_sent_fails_alone() -> None:
+    async def scenario() -> None:
+        async with running() as engine:
+            output = await anext(engine.generate(salted("a", lambda: None)))
+            assert output.finish_reason is FinishReason.ERROR
+            assert output.error is not None
+            assert "cannot be sent to the engine" in output.error
+            assert await tokens_of(engine.generate(ask("b", 1, 2))) == [1, 2]
+
+    asyncio.run(scenario())
+
+
 def kill(engine: AsyncEngine) -> None:
     assert engine.pid is not None
     os.kill(engine.pid, signal.SIGKILL)
@@ -245,6 +262,8 @@ def kill(engine: AsyncEngine) -> None:
         (kill, "killed by SIGKILL"),
         (lambda engine: engine.generate(ask("exit", 1)), "ended with exit code 7"),
         (lambda engine: engine.generate(ask("raise", 1)), "stopped in a step: RuntimeError: device lost"),
+        (lambda engine: engine.generate(ask("unreadable", 1)), "sent what cannot be read: ValueError: garbage"),
+        (lambda engine: engine.generate(salted("a", fake_core.Unreadable())), "ended with exit code 1"),
     ],
 )
 def test_death_reaches_everyone(strike: Callable[[AsyncEngine], object], message: str) -> None:

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.detokenizer import MAX_HELD_TOKENS, Detokenizer, StopMatcher, TextDecoder
+from server.detokenizer import MAX_HELD_TOKENS, Detokenizer, StopMatcher, StopTable, TextDecoder
 
 TEXTS = ["the cat sat", "naïve 🙂 e\u0301", "日本語", "🏳️‍🌈", " leading", "a\n\n b", "\ufffd\ufffd"]
 
@@ -48,8 +48,8 @@ def test_a_long_run_of_bad_bytes_is_let_go(tokenizer):
 
 def test_special_and_unknown_tokens(tokenizer):
     a = tokenizer.encode("a", add_special_tokens=False)[0]
-    hidden = Detokenizer(tokenizer, [], skip_special_tokens=True)
-    shown = Detokenizer(tokenizer, [], skip_special_tokens=False)
+    hidden = Detokenizer(tokenizer, StopTable([]), skip_special_tokens=True)
+    shown = Detokenizer(tokenizer, StopTable([]), skip_special_tokens=False)
     ids = [a, 6, a, 10**6, a]
     assert hidden.append(ids).text + hidden.finish().text == "aaa"
     assert shown.append(ids).text + shown.finish().text == "a<|reserved|>aa"
@@ -73,7 +73,7 @@ def test_special_and_unknown_tokens(tokenizer):
 def test_stop_strings_at_every_split(stops, text, before, stop):
     for first in range(len(text) + 1):
         for second in range(first, len(text) + 1):
-            matcher = StopMatcher(stops)
+            matcher = StopMatcher(StopTable(stops))
             sent, found = "", None
             for part in (text[:first], text[first:second], text[second:]):
                 piece, found = matcher.push(part)
@@ -97,7 +97,7 @@ def test_the_stop_string_that_ends_first_counts(text, stops):
             stop = max(hits, key=len)
             expected = (text[: end - len(stop)], stop)
             break
-    matcher = StopMatcher(stops)
+    matcher = StopMatcher(StopTable(stops))
     sent, found = "", None
     for character in text:
         piece, found = matcher.push(character)
@@ -108,7 +108,7 @@ def test_the_stop_string_that_ends_first_counts(text, stops):
 
 
 def test_only_what_may_become_a_stop_string_is_held():
-    matcher = StopMatcher(["</s>"])
+    matcher = StopMatcher(StopTable(["</s>"]))
     assert matcher.push("a<") == ("a", None)
     assert matcher.push("b") == ("<b", None)
     assert matcher.push("</s") == ("", None)
@@ -120,7 +120,7 @@ def test_tokens_count_up_to_the_one_that_completes_the_stop(tokenizer, stop):
     text = "the cat sat on"
     ids = bytes_as_tokens(tokenizer, text.encode())
     for first in range(len(ids) + 1):
-        detokenizer = Detokenizer(tokenizer, [stop], skip_special_tokens=True)
+        detokenizer = Detokenizer(tokenizer, StopTable([stop]), skip_special_tokens=True)
         one = detokenizer.append(ids[:first])
         count = one.num_tokens
         two = one if one.stop else detokenizer.append(ids[first:])

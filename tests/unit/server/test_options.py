@@ -6,14 +6,15 @@ import types
 
 import pytest
 
-from engine import CacheConfig, EngineConfig, SchedulerConfig
-from server import cli, options
+from engine import CacheConfig, DecodingMode, EngineConfig, SchedulerConfig
+from server import cli, options, serve
 from server.flags import Parser, add_flags
 from server.options import SERVE_FLAGS, serve_options
 
 FLAGS = """--host --port --served-model-name --api-key --cors-origins --tokenizer --revision --device --dtype --max-model-len
 --max-num-seqs --max-num-batched-tokens --num-pages --page-size --enable-prefix-caching --gpu-memory-utilization --decoding
---block-length --num-branches --async-depth --max-waiting-requests --shutdown-timeout --num-threads --kernels --log-level"""
+--block-length --num-branches --async-depth --max-waiting-requests --max-waiting-tokens
+--shutdown-timeout --heartbeat-deadline --num-threads --kernels --log-level"""
 
 
 def resolve(*argv, **environ):
@@ -30,7 +31,7 @@ def test_the_flags_are_an_interface():
 def test_defaults_are_the_engines(tmp_path):
     resolved = resolve(str(tmp_path))
     expected = EngineConfig(model=str(tmp_path))
-    assert resolved.engine == dataclasses.replace(expected, decode=dataclasses.replace(expected.decode, mode="auto"))
+    assert resolved.engine == dataclasses.replace(expected, decode=dataclasses.replace(expected.decode, mode=DecodingMode.AUTO))
     assert resolved.server.served_model_names == (tmp_path.name,)
     assert (resolved.host, resolved.port, resolved.tokenizer) == ("127.0.0.1", 8000, str(tmp_path))
 
@@ -38,16 +39,20 @@ def test_defaults_are_the_engines(tmp_path):
 def test_every_engine_flag_arrives(tmp_path):
     flags = """--device cpu --dtype bfloat16 --max-model-len 99 --max-num-seqs 3 --max-num-batched-tokens 44 --num-pages 5
     --page-size 6 --no-enable-prefix-caching --gpu-memory-utilization 0.5 --decoding ar --block-length 4 --num-branches all
-    --async-depth 1 --max-waiting-requests 7 --num-threads 2 --revision abc"""
-    engine = resolve(str(tmp_path), *flags.split()).engine
+    --async-depth 1 --max-waiting-requests 7 --max-waiting-tokens 88 --num-threads 2 --revision abc"""
+    resolved = resolve(str(tmp_path), *flags.split())
+    engine = resolved.engine
     assert (engine.device, engine.dtype, engine.max_model_len, engine.num_threads, engine.revision) == (
         *("cpu", "bfloat16", 99, 2),
         "abc",
     )
     assert engine.cache == CacheConfig(page_size=6, num_pages=5, enable_prefix_caching=False, gpu_memory_utilization=0.5)
-    limits = SchedulerConfig(max_num_seqs=3, max_num_batched_tokens=44, max_waiting_requests=7, async_depth=1)
+    limits = SchedulerConfig(
+        max_num_seqs=3, max_num_batched_tokens=44, max_waiting_requests=7, max_waiting_tokens=88, async_depth=1
+    )
     assert engine.scheduler == limits
-    assert (engine.decode.mode, engine.decode.block_length, engine.decode.num_branches) == ("ar", 4, None)
+    assert resolved.server.limits == limits
+    assert (engine.decode.mode, engine.decode.block_length, engine.decode.num_branches) == (DecodingMode.AR, 4, None)
 
 
 def test_flags_win_over_the_environment(tmp_path):
@@ -77,6 +82,8 @@ BAD = [
     (("--nonsense",), {}, "--nonsense"),
     ((), {"TIDAR_MAX_MODEL_LEN": "-1"}, "TIDAR_MAX_MODEL_LEN"),
     ((), {"TIDAR_ENABLE_PREFIX_CACHING": "maybe"}, "expected 1 or 0"),
+    ((), {"TIDAR_API_KEY": " , "}, "TIDAR_API_KEY"),
+    ((), {"TIDAR_API_KEY": ""}, "TIDAR_API_KEY"),
 ]
 
 
@@ -114,6 +121,19 @@ def test_help_shows_every_flag(capsys):
     out = capsys.readouterr().out
     assert all(flag in out for flag in FLAGS.split())
     assert "TIDAR_PORT" in out
+    assert "TIDAR_MODEL" in out
+
+
+def test_the_variables_of_chat_are_not_those_of_serve():
+    assert not {flag.variable for flag in cli.CHAT_FLAGS} & {*(flag.variable for flag in SERVE_FLAGS), options.MODEL_VARIABLE}
+
+
+def test_a_revision_is_the_models_and_not_that_of_another_tokenizer(monkeypatch):
+    seen = []
+    monkeypatch.setattr(serve, "load_tokenizer", lambda *arguments: seen.append(arguments))
+    for flags in (["--tokenizer", "org/b"], []):
+        serve._load_tokenizer(resolve("org/a", "--revision", "abc", *flags))()
+    assert seen == [("org/b", None), ("org/a", "abc")]
 
 
 def test_train_gets_the_rest_of_the_command_line(monkeypatch):

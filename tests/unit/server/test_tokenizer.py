@@ -26,6 +26,19 @@ def test_what_a_template_refuses_is_a_400(tokenizer):
         tokenizer.encode_chat([{"role": "user", "content": "a"}], {"tokenize": True})
 
 
+def test_any_failure_of_a_template_is_a_400(tokenizer_folder):
+    tokenizer = load_tokenizer(str(tokenizer_folder))
+    tokenizer._tokenizer.chat_template = "{{ 1 // 0 }}"
+    with pytest.raises(ApiError, match="refuses this conversation"):
+        tokenizer.encode_chat([{"role": "user", "content": "a"}], {})
+
+
+@pytest.mark.parametrize("name", ["messages", "conversation", "tools", "continue_final_message", "return_tensors"])
+def test_what_the_tokenizer_sets_itself_is_no_template_argument(tokenizer, name):
+    with pytest.raises(ApiError, match=f"must not set {name}"):
+        tokenizer.encode_chat([{"role": "user", "content": "a"}], {name: None})
+
+
 def test_without_a_template_there_are_no_chats(tmp_path):
     save_tiny_tokenizer(tmp_path, chat_template=None)
     tokenizer = load_tokenizer(str(tmp_path))

@@ -50,7 +50,7 @@ def test_keys_that_transformers_gives_another_default(write_config: WriteConfig)
     mistral = read_model_config(
         write_config(architectures=["MistralForCausalLM"], num_attention_heads=8, num_key_value_heads=...)
     )
-    assert (mistral.num_kv_heads, mistral.sliding_window, mistral.eos_token_ids, mistral.bos_token_id) == (8, 4096, (2,), 1)
+    assert (mistral.num_kv_heads, mistral.sliding_window, mistral.eos_token_ids) == (8, 4096, (2,))
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_yarn_factor_is_not_clamped_and_derived_when_absent(write_config: WriteC
 
 
 def test_the_generation_config_s_eos_set_wins(write_config: WriteConfig):
-    folder = write_config(eos_token_id=5, bos_token_id=None)
+    folder = write_config(eos_token_id=5)
     assert read_model_config(folder).eos_token_ids == (5,)
     write_generation_config(folder, temperature=0.5)
     assert read_model_config(folder).eos_token_ids == (5,)
@@ -132,7 +132,6 @@ def test_the_generation_config_s_eos_set_wins(write_config: WriteConfig):
     assert read_model_config(folder).eos_token_ids == (9, 3)
     write_generation_config(folder, eos_token_id=4)
     assert read_model_config(folder).eos_token_ids == (4,)
-    assert read_model_config(folder).bos_token_id is None
 
 
 def test_tidar_section(write_config: WriteConfig):

@@ -1,8 +1,8 @@
-"""The bridge from the server to the engine process. The server's side of it imports neither torch nor a model."""
+"""What the server needs of an engine, and the errors it may meet. Imports neither torch nor a model."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterable
 from typing import Protocol
 
 from engine.messages import EngineInfo, EngineStats, GenerateRequest, RequestOutput
@@ -14,6 +14,18 @@ class QueueFullError(Exception):
 
 class EngineDeadError(Exception):
     """The engine process is gone or cannot start; the message is one clear line."""
+
+
+class Outputs(AsyncIterable[RequestOutput], Protocol):
+    """The outputs of one request. They end after the one with a ``finish_reason``."""
+
+    async def __anext__(self) -> RequestOutput:
+        """The next output."""
+        ...
+
+    async def aclose(self) -> None:
+        """Abort the request unless it has finished. Idempotent."""
+        ...
 
 
 class Engine(Protocol):
@@ -38,8 +50,8 @@ class Engine(Protocol):
         """The newest snapshot that the engine sent."""
         ...
 
-    def generate(self, request: GenerateRequest) -> AsyncIterator[RequestOutput]:
-        """Queue a request and iterate over its outputs; closing the iterator early aborts the request.
+    def generate(self, request: GenerateRequest) -> Outputs:
+        """Queue a request and iterate over its outputs; closing them early aborts the request.
 
         Raises QueueFullError at the call, before anything is sent, and EngineDeadError at the call or while iterating.
         """
