@@ -37,11 +37,11 @@ def nothing(folder):
         (truncate_weights, [], "model.safetensors"),
         (remove_tokenizer, [], "tokenizer"),
         (lambda f: (f / "config.json").write_text("{"), [], "config.json"),
-        (lambda f: edit_config(f, tidar={"block_length": 8}), [], "mask_token_id"),
+        (lambda f: edit_config(f, tidar={"block_length": 8, "prediction": "same_position"}), [], "mask_token_id"),
         (nothing, ["--num-pages", "4"], "--num-pages"),
         (nothing, ["--max-model-len", "100000"], "max_model_len"),
         (nothing, ["--device", "tpu"], "device"),
-        (nothing, ["--max-num-batched-tokens", "2"], "max_num_batched_tokens"),
+        (nothing, ["--max-num-batched-tokens", "2"], "--max-num-batched-tokens"),
     ],
     ids=["architecture", "weights", "tokenizer", "json", "tidar", "pool", "length", "device", "budget"],
 )  # fmt: skip
