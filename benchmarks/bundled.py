@@ -6,13 +6,17 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from engine.build import assemble
 from engine.config import CacheConfig, DecodeConfig, EngineConfig, SchedulerConfig
 from engine.core import EngineCore
 from engine.messages import GenerateRequest, SamplingDefaults
+from engine.models.hf_config import read_model_config
+from engine.models.loader import load_model
 from engine.models.transformer import Transformer
 from engine.sampling_params import DecodingMode, SamplingParams
-from kernels.backend import REFERENCE
+from kernels.backend import select_kernels
 
 MODEL = Path(__file__).parents[1] / "server" / "bundled_model"
 MAX_TOKENS = 96
@@ -30,6 +34,13 @@ class Sample:
     rows: int
 
 
+def load_bundled(folder: Path = MODEL) -> Transformer:
+    """The model on the CPU in float32, with the kernels that the server picks there."""
+    config, device = read_model_config(folder), torch.device("cpu")
+    kernels = select_kernels("auto", device, torch.float32, config.num_kv_heads)
+    return load_model(folder, config, torch.float32, device, kernels=kernels)
+
+
 def build_engine(
     model: Transformer, mode: DecodingMode, block_length: int | None, branches: int | None, batch: int
 ) -> EngineCore:
@@ -40,7 +51,7 @@ def build_engine(
         scheduler=SchedulerConfig(max_num_seqs=batch),
         decode=DecodeConfig(mode, block_length, branches),
     )
-    return assemble(config, model, MAX_MODEL_LEN, SamplingDefaults(), REFERENCE)
+    return assemble(config, model, MAX_MODEL_LEN, SamplingDefaults())
 
 
 def run_engine(core: EngineCore, prompts: list[list[int]]) -> tuple[Sample, list[tuple[int, ...]]]:

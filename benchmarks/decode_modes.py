@@ -19,11 +19,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.bundled import MAX_TOKENS, MODEL, Sample, build_engine, run_engine
+from benchmarks.bundled import MAX_TOKENS, MODEL, Sample, build_engine, load_bundled, run_engine
 from benchmarks.report import finish, table
 from benchmarks.stdlib_questions import load_held_out
-from engine.models.hf_config import read_model_config
-from engine.models.loader import load_model
 from engine.sampling_params import DecodingMode
 from training.corpus.build import build_corpus
 
@@ -148,8 +146,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
 
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    config = read_model_config(MODEL)
-    model = load_model(MODEL, config, torch.float32, torch.device("cpu"))
+    model = load_bundled()
     peer = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
     rows: list[Row] = []
     for set_name, prompts in prompt_sets(tokenizer, arguments.prompts).items():
@@ -157,7 +154,7 @@ def main() -> None:
             cores = {name: build_engine(model, mode, k, b, batch) for name, mode, k, b in plans(arguments.quick)}
             runs: dict[str, Run] = {name: functools.partial(run_engine, core, prompts) for name, core in cores.items()}
             runs["transformers generate"] = functools.partial(
-                run_transformers, peer, prompts, batch, tokenizer.pad_token_id, config.eos_token_ids[0]
+                run_transformers, peer, prompts, batch, tokenizer.pad_token_id, model.config.eos_token_ids[0]
             )
             rows += summarise(set_name, batch, measure(runs, arguments.rounds), len(prompts))
     header = (

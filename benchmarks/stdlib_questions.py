@@ -12,12 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from transformers import AutoTokenizer
 
-from benchmarks.bundled import MODEL, build_engine, run_engine
-from engine.models.hf_config import read_model_config
-from engine.models.loader import load_model
+from benchmarks.bundled import MODEL, build_engine, load_bundled, run_engine
 from engine.sampling_params import DecodingMode
 from training.corpus.build import Item, build_corpus
 
@@ -65,13 +62,12 @@ class Answered:
 def ask(folder: Path, questions: Sequence[HeldOut], branches: int | None) -> tuple[list[Answered], float]:
     """Ask every question greedily, eight at a time; the answers, and the tokens per decode step (the prompt's not counted)."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = load_model(folder, read_model_config(folder), torch.float32, torch.device("cpu"))
     prompts = []
     for question in questions:
         messages = [{"role": "user", "content": question.question}]
         text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         prompts.append(tokenizer(text, add_special_tokens=False)["input_ids"])
-    sample, answers = run_engine(build_engine(model, DecodingMode.TIDAR, None, branches, 8), prompts)
+    sample, answers = run_engine(build_engine(load_bundled(folder), DecodingMode.TIDAR, None, branches, 8), prompts)
     judge = Judge()
     answered = []
     for question, token_ids in zip(questions, answers, strict=True):

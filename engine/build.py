@@ -21,7 +21,7 @@ from engine.models.transformer import Transformer
 from engine.page_pool import PagePool
 from engine.sampling_params import DecodingMode
 from engine.scheduler import Scheduler
-from kernels.backend import Kernels, select_kernels
+from kernels.backend import select_kernels
 
 
 class ConfigError(Exception):
@@ -48,7 +48,7 @@ def build_engine_core(config: EngineConfig, progress: Callable[[str], None] = la
         raise ConfigError(str(error)) from error
     progress(f"loading {model_config.architecture} from {folder} as {str(dtype).removeprefix('torch.')} on {device}")
     model = load_model(folder, model_config, dtype, device, progress, kernels)
-    return assemble(config, model, max_model_len, read_sampling_defaults(folder), kernels, progress)
+    return assemble(config, model, max_model_len, read_sampling_defaults(folder), progress)
 
 
 def assemble(
@@ -56,7 +56,6 @@ def assemble(
     model: Transformer,
     max_model_len: int,
     defaults: SamplingDefaults,
-    kernels: Kernels,
     progress: Callable[[str], None] = lambda message: None,
 ) -> EngineCore:
     """Put an engine around a loaded model; tests start here."""
@@ -92,9 +91,13 @@ def assemble(
         dtype=str(dtype).removeprefix("torch."),
         device=str(device),
         sampling_defaults=defaults,
-        settings={"kernels": kernels.name, "auto": str(table[DecodingMode.AUTO]), "threads": str(torch.get_num_threads())},
+        settings={
+            "kernels": model.kernels.name,
+            "auto": str(table[DecodingMode.AUTO]),
+            "threads": str(torch.get_num_threads()),
+        },
     )
-    return EngineCore(scheduler, decoder, ModelRunner(model, cache, kernels), info, limits.async_depth)
+    return EngineCore(scheduler, decoder, ModelRunner(model, cache), info, limits.async_depth)
 
 
 def _device(name: str) -> torch.device:

@@ -28,8 +28,8 @@ class PagedAttention:
 class ModelRunner:
     """Owns the model and the KV cache tensors."""
 
-    def __init__(self, model: Transformer, cache: KVCache, kernels: Kernels) -> None:
-        self.model, self.cache, self.kernels = model, cache, kernels
+    def __init__(self, model: Transformer, cache: KVCache) -> None:
+        self.model, self.cache, self.kernels = model, cache, model.kernels
         config = model.config
         self.group_size = config.num_heads // config.num_kv_heads
         self.scale = config.head_dim**-0.5

@@ -28,7 +28,6 @@ from engine.core import EngineCore
 from engine.messages import SamplingDefaults
 from engine.models.transformer import Transformer
 from engine.sampling_params import DecodingMode
-from kernels.backend import REFERENCE
 
 VOCAB_SIZE, MASK_TOKEN, EOS_TOKEN = 23, 7, 3
 MAX_MODEL_LEN = 64
@@ -99,4 +98,4 @@ def tiny_engine(
         scheduler=SchedulerConfig(max_num_seqs, budget, async_depth=depth),
         decode=DecodeConfig(DecodingMode.TIDAR, block_length, num_branches),
     )
-    return assemble(config, model, MAX_MODEL_LEN, SamplingDefaults(), REFERENCE)
+    return assemble(config, model, MAX_MODEL_LEN, SamplingDefaults())
