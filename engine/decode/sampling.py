@@ -18,7 +18,7 @@ from kernels.philox.reference import gumbel
 
 @dataclass(frozen=True, slots=True)
 class RowSampling:
-    """Sampling parameters of Q rows, one entry a row."""
+    """Sampling parameters of Q rows, one entry a row; of a greedy batch, which reads none of them, there are none."""
 
     needs: SamplingNeeds
     seed: Tensor
@@ -30,6 +30,9 @@ class RowSampling:
 
 def row_sampling(batch: InputBatch, slots_Q: Tensor, needs: SamplingNeeds) -> RowSampling:
     """The parameters of the rows' slots."""
+    if not needs.noise:
+        none = slots_Q[:0]
+        return RowSampling(needs, none, none, none, none, none)
     return RowSampling(
         needs,
         batch.seed_S[slots_Q],

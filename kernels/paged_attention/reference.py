@@ -27,7 +27,7 @@ from kernels.paged_attention.metadata import AttentionMetadata
 
 @dataclass(frozen=True, slots=True)
 class _Group:
-    """Requests with equally many rows, attended to as one padded batch of shape [B, rows]."""
+    """B requests with equally many rows, attended to as one padded batch of shape [B, rows]; ``pages`` are flat, P a request."""
 
     rows: Tensor | None
     num_requests: int
@@ -82,7 +82,7 @@ def _group(
     mask = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, float("-inf"))
     # Query heads that share a key/value head become extra rows, so that keys are never repeated.
     mask = mask[:, None, None].expand(-1, 1, group_size, -1, -1).flatten(2, 3)
-    return _Group(rows, len(members), pages, mask)
+    return _Group(rows, len(members), pages.flatten(), mask)
 
 
 def paged_attention(
@@ -104,7 +104,9 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, g
     size = group.num_requests
 
     def keys(step: Tensor, cache: Tensor) -> Tensor:
-        prefix = cache[group.pages].transpose(1, 2).flatten(2, 3)
+        # index_select takes half the time of indexing with a tensor.
+        pages = cache.index_select(0, group.pages).unflatten(0, (size, len(group.pages) // size))
+        prefix = pages.transpose(1, 2).flatten(2, 3)
         return torch.cat((prefix, step.view(size, -1, num_kv_heads, head_dim).transpose(1, 2)), dim=2)
 
     packed = q.view(size, -1, num_kv_heads, num_heads // num_kv_heads, head_dim).permute(0, 2, 3, 1, 4).flatten(2, 3)
