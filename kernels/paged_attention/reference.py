@@ -27,7 +27,7 @@ from kernels.paged_attention.metadata import AttentionMetadata
 
 @dataclass(frozen=True, slots=True)
 class _Group:
-    """B requests with equally many rows, attended to as one padded batch of shape [B, rows]; ``pages`` are flat, P a request."""
+    """B requests with equally many rows, attended to as one padded batch [B, rows]; ``pages`` are flat, P a request."""
 
     rows: Tensor | None
     num_requests: int
