@@ -163,7 +163,7 @@ def main() -> None:
         "batch",
         "tokens/s",
         "tokens/forward",
-        "tokens/forward",
+        "with prefill",
         "rows/step",
         "ms/step",
         "x ar",

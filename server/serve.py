@@ -19,7 +19,7 @@ from engine import AsyncEngine, Engine, EngineDeadError
 from server.app import create_app
 from server.lifecycle import Lifecycle
 from server.middleware import RequestIdFilter
-from server.options import ServeOptions, resolved_lines
+from server.options import BUNDLED_MODEL, ServeOptions, resolved_lines
 from server.tokenizer import Tokenizer, TokenizerError, load_tokenizer, torch_hidden
 from server.version import version
 
@@ -143,8 +143,13 @@ class ServerProcess:
         url = f"http://{host}:{port}"
         for line in resolved_lines(self._engine.info):
             say(f"  {line}")
+        question = "hello"
+        if self._options.engine.model == str(BUNDLED_MODEL):
+            question = "What does json.dumps do?"
+            say("  a small demonstration model: it can be wrong. It answers questions about the Python standard library:")
+            say("    What does os.walk do?  How do I shuffle a list?  Which module has Counter?  What is functools for?")
         key = "-H 'Authorization: Bearer KEY' " if self._options.server.api_keys else ""
-        body = '{"messages": [{"role": "user", "content": "hello"}]}'
+        body = f'{{"messages": [{{"role": "user", "content": "{question}"}}]}}'
         say(f"  try: curl {url}/v1/chat/completions {key}-H 'Content-Type: application/json' -d '{body}'")
         say(f"ready at {url}")
 

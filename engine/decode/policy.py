@@ -25,6 +25,9 @@ class Autoregressive:
     def plan(self, held: int, wanted: int) -> DraftPlan:
         return DraftPlan(1, 0, 1)
 
+    def __str__(self) -> str:
+        return "ar"
+
 
 @dataclass(frozen=True, slots=True)
 class Drafting:
@@ -41,6 +44,10 @@ class Drafting:
         num_drafts = min(held, wanted, self.block_length)
         allowed = self.num_branches if held > 1 else 1
         return DraftPlan(num_drafts, min(allowed, num_useful_branches(num_drafts, wanted)), self.block_length)
+
+    def __str__(self) -> str:
+        name = f"tidar with {self.num_branches} of {self.block_length} branches" if self.num_branches else "linear"
+        return f"{name}, blocks of {self.block_length}"
 
 
 def num_useful_branches(num_drafts: int, wanted: int) -> int:
