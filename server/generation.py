@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, cast
 
 from engine import (
     Engine,
     EngineInfo,
     FinishReason,
     GenerateRequest,
+    Outputs,
     RequestOutput,
     SpeculationStats,
 )
@@ -104,15 +104,6 @@ class Choice:
         self.finish_reason, self.stop_reason = reason, stop_reason
 
 
-class _Closable(Protocol):
-    async def aclose(self) -> None: ...
-
-
-async def _close(outputs: AsyncIterator[RequestOutput]) -> None:
-    # The iterator protocol has no close, yet the engine's contract makes closing the way to abort.
-    await cast(_Closable, outputs).aclose()
-
-
 class Generation:
     """The running choices of one request. ``wait`` then ``take``, until ``is_finished``; always ``close``."""
 
@@ -135,7 +126,7 @@ class Generation:
             for index, choice in enumerate(plan.choices)
         )
         self._arrival = time.monotonic()
-        self._outputs: list[AsyncIterator[RequestOutput]] = []
+        self._outputs: list[Outputs] = []
         self._tasks: list[asyncio.Task[None]] = []
         self._error: Exception | None = None
         self._changed = asyncio.Event()
@@ -190,7 +181,7 @@ class Generation:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         # A task that is cancelled before its first step never gets to close what it was to read.
         for outputs in self._outputs:
-            await _close(outputs)
+            await outputs.aclose()
         self._tasks.clear()
         self._outputs.clear()
 
@@ -204,7 +195,7 @@ class Generation:
             arrival=self._arrival,
         )
 
-    async def _pump(self, choice: Choice, outputs: AsyncIterator[RequestOutput]) -> None:
+    async def _pump(self, choice: Choice, outputs: Outputs) -> None:
         clock = _ChoiceClock(self._metrics, self._arrival)
         last: RequestOutput | None = None
         reason = "abort"
@@ -223,7 +214,7 @@ class Generation:
             reason = "error"
             self.fail(error)
         finally:
-            await _close(outputs)
+            await outputs.aclose()
             clock.finish(choice, reason, last)
 
 

@@ -1,8 +1,8 @@
 """Linear layers on a CPU with weights in oneDNN's blocked layout.
 
-The BLAS call behind ``F.linear`` is slow between 2 and about 100 rows, which is where a draft-and-verify step lives: on two
-cores the matrices of a 3.3M-parameter model took 2.4 ms at 16 rows and take 0.8 ms packed (``docs/decisions/0006``). The two
-operators are those that torch's own compiler emits for frozen weights.
+At the row counts of a draft-and-verify step this takes about two thirds of the time of the BLAS call behind ``F.linear``, or less
+(``docs/decisions/0006``, measured by ``benchmarks/linear_layers.py``). The two operators are those that torch's own compiler emits
+for frozen weights.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ PACKED_BYTES = 1 << 30
 """Packing keeps a second copy of a weight, so only this much is packed; larger models are bound by memory anyway."""
 
 _ROWS_HINT = 16
-"""The row count that oneDNN lays a weight out for. This one serves 1 to 128 rows; a hint of 1 serves only 1."""
+"""The row count that oneDNN lays a weight out for. A hint of 1 makes it slower at all other row counts."""
 
 
 def is_available() -> bool:
