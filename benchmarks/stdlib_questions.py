@@ -15,6 +15,7 @@ from pathlib import Path
 from transformers import AutoTokenizer
 
 from benchmarks.bundled import MODEL, build_engine, load_bundled, run_engine
+from benchmarks.report import finish
 from engine.sampling_params import DecodingMode
 from training.corpus.build import Item, build_corpus
 
@@ -82,7 +83,9 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=MODEL)
     parser.add_argument("--branches", type=int, help="branches a step (default: all)")
     parser.add_argument("--show", action="store_true", help="print the wrong answers")
+    parser.add_argument("--out", type=Path, help="also write the JSON line to this file")
     arguments = parser.parse_args()
+    results = {}
     for name, questions in load_held_out().items():
         answered, per_step = ask(arguments.model, questions, arguments.branches)
         for a in answered:
@@ -90,8 +93,11 @@ def main() -> None:
                 print(f"  [{a.question.intent} {a.question.name}] {a.question.question!r} -> {a.answer!r}")
         totals = Counter(a.question.intent for a in answered)
         right = Counter(a.question.intent for a in answered if a.is_right)
+        scores = {intent: [right[intent], totals[intent]] for intent in totals}
+        results[name] = {"right": right.total(), "asked": len(answered), "by_intent": scores, "tokens_per_forward": per_step}
         parts = ", ".join(f"{intent} {right[intent]}/{totals[intent]}" for intent in totals)
         print(f"{name}: {right.total()} of {len(answered)} right ({parts}); {per_step:.2f} tokens per decode step")
+    finish("stdlib_questions", results, arguments.out)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
 """Linear layers on a CPU with weights in oneDNN's blocked layout.
 
-At the row counts of a draft-and-verify step this takes about two thirds of the time of the BLAS call behind ``F.linear``, or less
-(``docs/decisions/0006``, measured by ``benchmarks/linear_layers.py``). The two operators are those that torch's own compiler emits
-for frozen weights.
+At the row counts of a draft-and-verify step this is faster than the BLAS call behind ``F.linear`` (``docs/decisions/0006``,
+measured by ``benchmarks/linear_layers.py``). The two operators are those that torch's own compiler emits for frozen weights.
 """
 
 from __future__ import annotations
