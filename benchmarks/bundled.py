@@ -11,6 +11,7 @@ import torch
 from engine.build import assemble
 from engine.config import CacheConfig, DecodeConfig, EngineConfig, SchedulerConfig
 from engine.core import EngineCore
+from engine.grammar import GrammarCompiler, tokenizer_loader
 from engine.messages import GenerateRequest, SamplingDefaults
 from engine.models.hf_config import read_model_config
 from engine.models.loader import load_model
@@ -51,7 +52,9 @@ def build_engine(
         scheduler=SchedulerConfig(max_num_seqs=batch),
         decode=DecodeConfig(mode, block_length, branches),
     )
-    return assemble(config, model, MAX_MODEL_LEN, SamplingDefaults())
+    eos = model.config.eos_token_ids
+    grammars = GrammarCompiler(tokenizer_loader(MODEL, eos, model.config.vocab_size), eos)
+    return assemble(config, model, MAX_MODEL_LEN, SamplingDefaults(), grammars)
 
 
 def run_engine(core: EngineCore, prompts: list[list[int]]) -> tuple[Sample, list[tuple[int, ...]]]:

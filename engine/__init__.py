@@ -7,15 +7,19 @@ from engine.messages import (
     EngineStats,
     FinishReason,
     GenerateRequest,
+    GrammarSpec,
     RequestOutput,
     RequestTimes,
     SamplingDefaults,
     SpeculationStats,
+    Thinking,
+    TokenLogprobs,
 )
 from engine.process import AsyncEngine
-from engine.sampling_params import DecodingMode, SamplingParams, choice_seed
+from engine.sampling_params import MAX_LOGPROBS, DecodingMode, SamplingParams, choice_seed
 
 __all__ = [
+    "MAX_LOGPROBS",
     "AsyncEngine",
     "CacheConfig",
     "DecodeConfig",
@@ -27,6 +31,7 @@ __all__ = [
     "EngineStats",
     "FinishReason",
     "GenerateRequest",
+    "GrammarSpec",
     "Outputs",
     "QueueFullError",
     "RequestOutput",
@@ -35,5 +40,7 @@ __all__ = [
     "SamplingParams",
     "SchedulerConfig",
     "SpeculationStats",
+    "Thinking",
+    "TokenLogprobs",
     "choice_seed",
 ]

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
-from engine.config import EngineConfig, ModelConfig
+from engine.config import DecodeConfig, EngineConfig, ModelConfig
 from engine.core import EngineCore
 from engine.decode.policy import default_mode, policies
-from engine.decode.tidar import TidarDecoder
+from engine.decode.tidar import DecoderSettings, TidarDecoder
+from engine.grammar import GrammarCompiler, tokenizer_loader
 from engine.input_batch import InputBatch
 from engine.kv_cache import KVCache, page_bytes
 from engine.kv_cache_manager import KVCacheManager
@@ -48,7 +50,9 @@ def build_engine_core(config: EngineConfig, progress: Callable[[str], None] = la
         raise ConfigError(str(error)) from error
     progress(f"loading {model_config.architecture} from {folder} as {str(dtype).removeprefix('torch.')} on {device}")
     model = load_model(folder, model_config, dtype, device, progress, kernels)
-    return assemble(config, model, max_model_len, read_sampling_defaults(folder), progress)
+    eos, tokenizer = model_config.eos_token_ids, Path(config.tokenizer or folder)
+    grammars = GrammarCompiler(tokenizer_loader(tokenizer, eos, model_config.vocab_size), eos)
+    return assemble(config, model, max_model_len, read_sampling_defaults(folder), grammars, progress)
 
 
 def assemble(
@@ -56,6 +60,7 @@ def assemble(
     model: Transformer,
     max_model_len: int,
     defaults: SamplingDefaults,
+    grammars: GrammarCompiler,
     progress: Callable[[str], None] = lambda message: None,
 ) -> EngineCore:
     """Put an engine around a loaded model; tests start here."""
@@ -71,10 +76,12 @@ def assemble(
     progress(f"allocating {num_pages} KV pages of {page_size} tokens")
     model.build_rope(num_positions)
     cache = KVCache(model_config, num_pages, page_size, dtype, device)
-    batch = InputBatch(limits.max_num_seqs, block_length or 1, pages_per_sequence, device)
-    decoder = TidarDecoder(batch, page_size, tidar.mask_token_id if tidar else None)
+    batch = InputBatch(limits.max_num_seqs, block_length or 1, pages_per_sequence, model_config.vocab_size, device)
+    decode = config.decode
+    settings = DecoderSettings(decode.trust_ar, decode.draft_temperature, decode.diffusion_threshold)
+    decoder = TidarDecoder(batch, page_size, tidar.mask_token_id if tidar else None, settings)
     kv = KVCacheManager(PagePool(num_pages), page_size, config.cache.enable_prefix_caching)
-    table = policies(config.decode, block_length)
+    table = policies(decode, block_length)
     scheduler = Scheduler(limits, kv, table, model_config.eos_token_ids, max_model_len)
     info = EngineInfo(
         architecture=model_config.architecture,
@@ -97,7 +104,7 @@ def assemble(
             "threads": str(torch.get_num_threads()),
         },
     )
-    return EngineCore(scheduler, decoder, ModelRunner(model, cache), info, limits.async_depth)
+    return EngineCore(scheduler, decoder, ModelRunner(model, cache), grammars, info, limits.async_depth)
 
 
 def _device(name: str) -> torch.device:
@@ -161,6 +168,18 @@ def _check(config: EngineConfig, block_length: int | None) -> None:
         raise ConfigError(f"page_size must be at least 1, got {config.cache.page_size}")
     if branches is not None and block_length is not None and not 1 <= branches <= block_length:
         raise ConfigError(f"num_branches {branches} is not between 1 and the block length {block_length}; use 'all' for all")
+    _check_decode(config.decode, block_length)
+
+
+def _check_decode(decode: DecodeConfig, block_length: int | None) -> None:
+    if not 0.0 <= decode.trust_ar <= 1.0:
+        raise ConfigError(f"trust_ar must be between 0 and 1, got {decode.trust_ar}")
+    if decode.trust_ar < 1.0 and block_length is not None and decode.num_branches not in (None, block_length):
+        raise ConfigError("trust_ar below 1 reads every branch: set num_branches to 'all'")
+    if decode.draft_temperature is not None and not 0.0 <= decode.draft_temperature <= 2.0:
+        raise ConfigError(f"draft_temperature must be between 0 and 2, got {decode.draft_temperature}")
+    if not 0.0 <= decode.diffusion_threshold <= 1.0:
+        raise ConfigError(f"diffusion_threshold must be between 0 and 1, got {decode.diffusion_threshold}")
 
 
 def _num_pages(config: EngineConfig, model: ModelConfig, max_model_len: int, dtype: torch.dtype, device: torch.device) -> int:

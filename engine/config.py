@@ -22,7 +22,10 @@ class RopeKind(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class RopeConfig:
-    """Rotary position embedding. Fields that a kind does not use stay at their defaults."""
+    """Rotary position embedding. Fields that a kind does not use stay at their defaults.
+
+    ``query_scale_beta`` above 0: rotated queries are scaled by ``1 + beta * ln(1 + floor(position / original_max_position))``.
+    """
 
     kind: RopeKind = RopeKind.DEFAULT
     theta: float = 10_000.0
@@ -36,14 +39,48 @@ class RopeConfig:
     attention_factor: float | None = None
     mscale: float | None = None
     mscale_all_dim: float | None = None
+    query_scale_beta: float = 0.0
+
+
+class DraftAnchor(enum.Enum):
+    """What stands at the position of draft ``i`` for the masks of branch ``i``.
+
+    CLEAN: the draft's own causal row. COPY: one more row of the branch with the same token and position, which sees the
+    prefix, drafts ``0..i-1`` and the branch's masks, and is seen by them instead of the clean row; its K/V is never kept.
+    """
+
+    CLEAN = "clean"
+    COPY = "copy"
+
+
+@dataclass(frozen=True, slots=True)
+class LoraConfig:
+    """A low-rank update of every layer's attention output projection ``W``: draft rows use ``W + scale * B A``."""
+
+    rank: int
+    scale: float
 
 
 @dataclass(frozen=True, slots=True)
 class TidarConfig:
-    """The ``tidar`` section of a checkpoint's ``config.json``."""
+    """How a checkpoint drafts. ``block_length`` is the number of masks in a branch, an anchor's copy not counted."""
 
     block_length: int
     mask_token_id: int
+    anchor: DraftAnchor = DraftAnchor.CLEAN
+    draft_lora: LoraConfig | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TensorNames:
+    """A checkpoint's names: what stands before ``embed_tokens``, ``layers`` and ``norm``, and what the head is called.
+
+    Tensors that begin with one of ``ignored`` belong to parts that are not served, such as a vision tower.
+    """
+
+    body: str = "model."
+    head: str = "lm_head.weight"
+    ignored: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +106,7 @@ class ModelConfig:
     sliding_window: int | None = None
     tidar: TidarConfig | None = None
     eos_token_ids: tuple[int, ...] = ()
+    tensor_names: TensorNames = field(default_factory=TensorNames)
 
     @property
     def kv_bytes_per_token_factor(self) -> int:
@@ -101,22 +139,28 @@ class SchedulerConfig:
 class DecodeConfig:
     """The configured draft plan. ``mode`` is what ``auto`` means in a request.
 
-    ``block_length`` None: the checkpoint's own. ``num_branches`` None: all of them.
+    ``block_length`` None: the checkpoint's own. ``num_branches`` None: all of them. The other three are those of
+    ``engine.decode.tidar.DecoderSettings``.
     """
 
     mode: DecodingMode = DecodingMode.TIDAR
     block_length: int | None = None
     num_branches: int | None = 1
+    trust_ar: float = 1.0
+    draft_temperature: float | None = None
+    diffusion_threshold: float = 0.9
 
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
     """Everything the engine process needs. ``model`` is a folder or Hub id; ``max_model_len`` None: what the checkpoint allows.
 
-    ``kernels`` is ``auto``, ``reference`` (plain torch) or ``triton``.
+    ``kernels`` is ``auto``, ``reference`` (plain torch) or ``triton``. ``tokenizer`` is the folder whose vocabulary grammars
+    speak of; None: the model's.
     """
 
     model: str
+    tokenizer: str | None = None
     revision: str | None = None
     dtype: str = "auto"
     device: str = "auto"

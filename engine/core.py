@@ -7,8 +7,10 @@ from collections import deque
 
 import torch
 
-from engine.decode.tidar import PendingResult, TidarDecoder
-from engine.messages import EngineInfo, GenerateRequest, RequestOutput, StepOutputs
+from engine.decode.pending import PendingResult
+from engine.decode.tidar import TidarDecoder
+from engine.grammar import CompiledGrammar, GrammarCompiler, GrammarError
+from engine.messages import EngineInfo, GenerateRequest, GrammarSpec, RequestOutput, StepOutputs
 from engine.model_runner import ModelRunner
 from engine.scheduler import Scheduler
 from engine.step import StepPlan
@@ -18,9 +20,16 @@ class EngineCore:
     """Steps the requests. ``depth`` 1 launches a step before the host has read the one before it; 0 does not."""
 
     def __init__(
-        self, scheduler: Scheduler, decoder: TidarDecoder, runner: ModelRunner, info: EngineInfo, depth: int = 0
+        self,
+        scheduler: Scheduler,
+        decoder: TidarDecoder,
+        runner: ModelRunner,
+        grammars: GrammarCompiler,
+        info: EngineInfo,
+        depth: int = 0,
     ) -> None:
-        self.scheduler, self.decoder, self.runner, self.info, self.depth = scheduler, decoder, runner, info, depth
+        self.scheduler, self.decoder, self.runner, self.grammars = scheduler, decoder, runner, grammars
+        self.info, self.depth = info, depth
         self._launched: deque[tuple[StepPlan, PendingResult]] = deque()
 
     @property
@@ -28,9 +37,26 @@ class EngineCore:
         """Whether ``step`` has something to do."""
         return self.scheduler.has_work or bool(self._launched)
 
-    def add(self, request: GenerateRequest) -> None:
-        """Queue a request; one that can never run is answered with an error output by the next step."""
-        self.scheduler.add(request)
+    def compile(self, spec: GrammarSpec) -> CompiledGrammar:
+        """Compile a request's grammar; may be called from another thread. Raises GrammarError."""
+        return self.grammars.compile(spec)
+
+    def add(self, request: GenerateRequest, grammar: CompiledGrammar | None = None) -> None:
+        """Queue a request; one that can never run is answered with an error output by the next step.
+
+        ``grammar`` is that of the request, already compiled; otherwise it is compiled here, and everybody waits.
+        """
+        if request.grammar is not None and grammar is None:
+            try:
+                grammar = self.compile(request.grammar)
+            except GrammarError as error:
+                self.reject(request.request_id, str(error))
+                return
+        self.scheduler.add(request, grammar)
+
+    def reject(self, request_id: str, problem: str) -> None:
+        """Have the next step answer a request with an error output."""
+        self.scheduler.reject(request_id, problem)
 
     def abort(self, request_id: str) -> None:
         """Drop a request; it gives no more output."""

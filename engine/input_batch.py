@@ -14,68 +14,109 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine.sampling_params import SamplingParams
+from engine.decode.penalties import TokenCounts, TokenTable
+from engine.sampling_params import DecodingMode, SamplingParams
 from engine.step import Admission, PageUpdate
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingNeeds:
-    """Which parts of sampling a batch needs at all; known on the host, so that a greedy batch pays for none of them."""
+    """Which parts of sampling a batch needs at all; known on the host, so that a plain greedy batch pays for none of them."""
 
-    noise: bool
-    top_k: bool
-    top_p: bool
-    min_p: bool
+    noise: bool = False
+    top_k: bool = False
+    top_p: bool = False
+    min_p: bool = False
+    penalties: bool = False
+    bias: bool = False
+    min_tokens: bool = False
 
     @staticmethod
     def of(params: Sequence[SamplingParams]) -> SamplingNeeds:
-        """The union over requests. A greedy request needs nothing."""
+        """The union over requests. Greedy requests truncate nothing and use no noise."""
         random = [p for p in params if not p.greedy]
         return SamplingNeeds(
             noise=bool(random),
             top_k=any(p.top_k > 0 for p in random),
             top_p=any(p.top_p < 1.0 for p in random),
             min_p=any(p.min_p > 0.0 for p in random),
+            penalties=any(p.has_penalties for p in params),
+            bias=any(p.logit_bias for p in params),
+            min_tokens=any(p.min_tokens for p in params),
         )
 
 
 class InputBatch:
     """What a slot's request has computed, holds and wants, its pages and its sampling parameters."""
 
-    def __init__(self, num_slots: int, max_drafts: int, max_pages: int, device: torch.device) -> None:
+    def __init__(self, num_slots: int, max_drafts: int, max_pages: int, vocab_size: int, device: torch.device) -> None:
         def integers(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.long, device=device)
 
         def floats(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.float32, device=device)
 
-        self.device = device
+        self.device, self.vocab_size = device, vocab_size
         self.block_table_SP = integers(num_slots, max_pages)
         self.num_computed_S = integers(num_slots)
         self.num_held_S = integers(num_slots)
         self.wanted_S = integers(num_slots)
         self.drafts_SK = integers(num_slots, max_drafts)
         self.draft_probs_SK = floats(num_slots, max_drafts)
+        # A diffusion request's block under way: which of its masks are decided.
+        self.is_diffusion_S = torch.zeros(num_slots, dtype=torch.bool, device=device)
+        self.is_decided_SK = torch.zeros((num_slots, max_drafts), dtype=torch.bool, device=device)
+        self.block_SK = integers(num_slots, max_drafts)
+        self.is_tidar_S = torch.zeros(num_slots, dtype=torch.bool, device=device)
         self.seed_S = integers(num_slots)
         self.top_k_S = integers(num_slots)
         # Client numbers stay in float64, so that 0.9 means the same for every model dtype.
         self.temperature_S, self.top_p_S, self.min_p_S = (floats(num_slots).double() for _ in range(3))
+        self.repetition_S, self.frequency_S, self.presence_S = (floats(num_slots).double() for _ in range(3))
+        self.stop_at_S = integers(num_slots)
+        self.counts: TokenCounts | None = None
+        self.biases, self.stops = TokenTable(num_slots, device), TokenTable(num_slots, device)
         self.params: list[SamplingParams] = [SamplingParams(max_tokens=1)] * num_slots
+        self.modes: list[DecodingMode] = [DecodingMode.AR] * num_slots
 
     def update(self, admissions: Sequence[Admission], page_updates: Sequence[PageUpdate]) -> None:
         """Put newly admitted requests in their slots and extend block tables."""
         for admission in admissions:
-            slot, sampling = admission.slot, admission.sampling
-            self.num_computed_S[slot] = admission.num_computed
-            self.num_held_S[slot] = 1
-            self.wanted_S[slot] = admission.wanted
-            self.drafts_SK[slot, 0] = admission.last_token_id
-            self.seed_S[slot] = sampling.seed - 2**64 if sampling.seed >= 2**63 else sampling.seed
-            self.temperature_S[slot] = sampling.temperature
-            self.top_k_S[slot] = sampling.top_k
-            self.top_p_S[slot] = sampling.top_p
-            self.min_p_S[slot] = sampling.min_p
-            self.params[slot] = sampling
+            self._admit(admission)
         for update in page_updates:
             pages = torch.tensor(update.page_ids, device=self.device)
             self.block_table_SP[update.slot, update.first : update.first + len(update.page_ids)] = pages
+
+    def _admit(self, admission: Admission) -> None:
+        slot, sampling = admission.slot, admission.sampling
+        self.num_computed_S[slot] = admission.num_computed
+        self.num_held_S[slot] = 1
+        self.wanted_S[slot] = admission.wanted
+        self.drafts_SK[slot, 0] = admission.last_token_id
+        self.modes[slot] = admission.mode
+        self.is_tidar_S[slot] = admission.mode is DecodingMode.TIDAR
+        self.is_diffusion_S[slot] = admission.mode is DecodingMode.DIFFUSION
+        self.is_decided_SK[slot] = False
+        self.seed_S[slot] = sampling.seed - 2**64 if sampling.seed >= 2**63 else sampling.seed
+        self.temperature_S[slot] = sampling.temperature
+        self.top_k_S[slot] = sampling.top_k
+        self.top_p_S[slot] = sampling.top_p
+        self.min_p_S[slot] = sampling.min_p
+        self.params[slot] = sampling
+        self._admit_history(admission)
+
+    def _admit_history(self, admission: Admission) -> None:
+        """What penalties, biases and bans need; of a request without them, only what undoes its predecessor's."""
+        slot, sampling = admission.slot, admission.sampling
+        self.repetition_S[slot] = sampling.repetition_penalty
+        self.frequency_S[slot] = sampling.frequency_penalty
+        self.presence_S[slot] = sampling.presence_penalty
+        if sampling.has_penalties:
+            if self.counts is None:
+                self.counts = TokenCounts(len(self.params), self.vocab_size, self.device)
+            self.counts.reset(slot, admission.prompt_token_ids, admission.output_token_ids)
+        self.biases.set(slot, sampling.logit_bias)
+        # Stops are free once at most this many tokens are wanted; without min_tokens, from the start.
+        self.stop_at_S[slot] = sampling.max_tokens - sampling.min_tokens
+        banned = admission.stop_token_ids if sampling.min_tokens else ()
+        self.stops.set(slot, [(token, float("-inf")) for token in banned])

@@ -18,8 +18,32 @@ class FinishReason(enum.Enum):
 
 
 @dataclass(frozen=True, slots=True)
+class Thinking:
+    """Where thinking ends, so that a grammar can begin there.
+
+    ``end`` is the token id that closes it. ``begin`` is the one that may open it as the first token of the output, None
+    where the model does not do that. ``is_open``: the prompt has opened it.
+    """
+
+    end: int
+    begin: int | None = None
+    is_open: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class GrammarSpec:
+    """What the output must match, as text that llguidance compiles; from its first token on, or from the end of thinking."""
+
+    source: str
+    thinking: Thinking | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class GenerateRequest:
-    """One choice to generate. ``arrival`` is ``time.monotonic()`` at the server."""
+    """One choice to generate. ``arrival`` is ``time.monotonic()`` at the server.
+
+    With a ``grammar``, EOS ends the request whatever ``ignore_eos`` says: nothing may follow what is complete.
+    """
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
@@ -27,6 +51,7 @@ class GenerateRequest:
     decoding: DecodingMode = DecodingMode.AUTO
     cache_salt: str = ""
     arrival: float = 0.0
+    grammar: GrammarSpec | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +85,20 @@ class SpeculationStats:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Natural logarithms of the model's own probabilities at one position, before any processing.
+
+    ``rank`` is 1 for the likeliest token. ``top`` are the likeliest ``(token id, logprob)`` pairs, in order; the token itself
+    may or may not be among them.
+    """
+
+    token_id: int
+    logprob: float
+    rank: int
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class RequestTimes:
     """Seconds on the engine's monotonic clock; the differences are what metrics observe."""
 
@@ -75,7 +114,9 @@ class RequestOutput:
 
     ``stop_token_id`` is the EOS or stop id that ended the request; it is the last of ``token_ids``. ``error`` is a message
     for the client, set with ``FinishReason.ERROR`` only. ``speculation`` is the request's total so far: the server may end
-    it at a stop string at any time. ``times`` come with the last output.
+    it at a stop string at any time. ``times`` come with the last output. ``logprobs``, where asked for, has an entry for each
+    of ``token_ids``; ``prompt_logprobs`` those of the next prompt tokens in order, the second token's being the first, all of
+    them before the first of ``token_ids``.
     """
 
     request_id: str
@@ -86,6 +127,8 @@ class RequestOutput:
     num_cached_tokens: int = 0
     speculation: SpeculationStats = SpeculationStats()
     times: RequestTimes | None = None
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,8 +38,8 @@ class ModelRunner:
     def execute(self, inputs: StepInputs) -> Tensor | None:
         """One forward pass; logits [Q, V] of the rows that need them, None if no row does."""
         attention = PagedAttention(inputs, self.cache, self.kernels, self.group_size, self.scale)
-        hidden = self.model(inputs.token_ids_R, inputs.positions_R, attention)
         rows = inputs.layout.logit_rows
-        if len(rows) == 0:
-            return None
-        return self.model.logits(hidden if len(rows) == len(hidden) else hidden[rows])
+        hidden = self.model(inputs.token_ids_R, inputs.positions_R, attention)
+        if rows is None:
+            return self.model.logits(hidden)
+        return self.model.logits(hidden[rows]) if len(rows) else None

@@ -37,6 +37,7 @@ from engine.messages import (
     RequestOutput,
     Shutdown,
     StepOutputs,
+    TokenLogprobs,
 )
 from engine.worker import PARENT_SIGNALS, REAL_CORE, FromEngine, ToEngine, run_engine
 
@@ -53,6 +54,8 @@ class _Inbox:
         self.num_prompt_tokens = num_prompt_tokens
         self.has_started = False
         self._token_ids: list[int] = []
+        self._logprobs: list[TokenLogprobs] = []
+        self._prompt_logprobs: list[TokenLogprobs] = []
         self._latest: RequestOutput | None = None
         self._death: str | None = None
         self._changed = asyncio.Event()
@@ -61,6 +64,8 @@ class _Inbox:
         """Append the tokens; the fields that tell of the end are those of the later output."""
         cached = max(output.num_cached_tokens, self._latest.num_cached_tokens if self._latest else 0)
         self._token_ids.extend(output.token_ids)
+        self._logprobs.extend(output.logprobs)
+        self._prompt_logprobs.extend(output.prompt_logprobs)
         self._latest = replace(output, num_cached_tokens=cached)
         self.has_started = True
         self._changed.set()
@@ -77,9 +82,15 @@ class _Inbox:
                 raise EngineDeadError(self._death)
             self._changed.clear()
             await self._changed.wait()
-        output = replace(self._latest, token_ids=tuple(self._token_ids))
+        output = replace(
+            self._latest,
+            token_ids=tuple(self._token_ids),
+            logprobs=tuple(self._logprobs),
+            prompt_logprobs=tuple(self._prompt_logprobs),
+        )
         self._latest = None
-        self._token_ids.clear()
+        for gathered in (self._token_ids, self._logprobs, self._prompt_logprobs):
+            gathered.clear()
         return output
 
 

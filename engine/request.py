@@ -6,6 +6,7 @@ import enum
 from dataclasses import dataclass, field
 
 from engine.decode.policy import DraftPolicy
+from engine.grammar import CompiledGrammar
 from engine.kv_cache_manager import SequenceCache
 from engine.messages import GenerateRequest, SpeculationStats
 from engine.step import ScheduledRequest
@@ -25,18 +26,22 @@ class Request:
 
     ``token_ids`` are the prompt and everything emitted. ``num_held`` is how many drafts the device holds after the last step
     that the host has read. ``in_flight`` are this request's shares of launched steps that the host has not read, oldest first.
+    ``grammar`` is the compiled grammar, walked from its start whenever the request is admitted. ``num_prompt_logprobs`` are
+    those that were sent.
     """
 
     message: GenerateRequest
     policy: DraftPolicy
     stop_token_ids: frozenset[int]
     token_ids: list[int]
+    grammar: CompiledGrammar | None = None
     status: RequestStatus = RequestStatus.WAITING
     slot: int = -1
     cache: SequenceCache | None = None
     num_held: int = 1
     in_flight: list[ScheduledRequest] = field(default_factory=list)
     num_cached_tokens: int = 0
+    num_prompt_logprobs: int = 0
     num_preemptions: int = 0
     speculation: SpeculationStats = field(default_factory=SpeculationStats)
     scheduled_at: float = 0.0
@@ -53,6 +58,11 @@ class Request:
     @property
     def num_output_tokens(self) -> int:
         return len(self.token_ids) - len(self.message.prompt_token_ids)
+
+    @property
+    def owes_prompt_logprobs(self) -> bool:
+        """Whether log-probabilities of prompt tokens are still to be computed."""
+        return self.message.sampling.prompt_logprobs is not None and self.num_prompt_logprobs < self.num_prompt_tokens - 1
 
     @property
     def max_computed(self) -> int:

@@ -11,12 +11,22 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import replace
 
 from engine.config import SchedulerConfig
 from engine.decode.policy import DraftPolicy
+from engine.grammar import CompiledGrammar
 from engine.kv_cache_manager import KVCacheManager, SequenceCache
-from engine.messages import EngineStats, FinishReason, GenerateRequest, RequestOutput, RequestTimes, SpeculationStats
+from engine.messages import (
+    EngineStats,
+    FinishReason,
+    GenerateRequest,
+    RequestOutput,
+    RequestTimes,
+    SpeculationStats,
+    TokenLogprobs,
+)
 from engine.request import Request, RequestStatus
 from engine.sampling_params import DecodingMode
 from engine.stats import EngineCounters
@@ -74,18 +84,22 @@ class Scheduler:
         """Whether a step could do something, or an answer waits to be handed out."""
         return bool(self.requests or self._rejected)
 
-    def add(self, message: GenerateRequest) -> None:
+    def add(self, message: GenerateRequest, grammar: CompiledGrammar | None = None) -> None:
         """Queue a request. One that can never run is answered with an error by the next ``take_rejected``."""
         problem = self._problem(message)
         if problem is not None:
-            self._rejected.append(RequestOutput(message.request_id, (), FinishReason.ERROR, error=problem))
+            self.reject(message.request_id, problem)
             return
         stops = frozenset(message.sampling.stop_token_ids)
-        if not message.sampling.ignore_eos:
+        if not message.sampling.ignore_eos or message.grammar is not None:
             stops |= self.eos_token_ids
-        request = Request(message, self.policies[message.decoding], stops, list(message.prompt_token_ids))
+        request = Request(message, self.policies[message.decoding], stops, list(message.prompt_token_ids), grammar)
         self.requests[message.request_id] = request
         self.waiting.append(request)
+
+    def reject(self, request_id: str, problem: str) -> None:
+        """Have the next ``take_rejected`` answer a request with an error."""
+        self._rejected.append(RequestOutput(request_id, (), FinishReason.ERROR, error=problem))
 
     def _problem(self, message: GenerateRequest) -> str | None:
         tokens = len(message.prompt_token_ids)
@@ -98,6 +112,10 @@ class Scheduler:
             )
         if message.decoding not in self.policies:
             return f"this checkpoint cannot decode in mode {message.decoding.value!r}"
+        if self.policies[message.decoding].mode is DecodingMode.DIFFUSION:
+            problem = diffusion_problem(message)
+            if problem is not None:
+                return problem
         if message.request_id in self.requests:
             return f"the request id {message.request_id!r} is in use"
         return None
@@ -151,7 +169,15 @@ class Scheduler:
         plan = self._reserve(request, max_computed + len(prefill), plan, builder)
         if request.status is not RequestStatus.RUNNING:
             return
-        share = ScheduledRequest(request.request_id, request.slot, prefill, plan, max_computed)
+        share = ScheduledRequest(
+            request.request_id,
+            request.slot,
+            prefill,
+            plan,
+            max_computed,
+            _prompt_targets(request, computed, len(prefill)),
+            request.message.sampling.logprobs is not None,
+        )
         request.in_flight.append(share)
         builder.requests.append(share)
         builder.budget -= share.num_rows
@@ -160,14 +186,14 @@ class Scheduler:
         """The policy's choice for what the request holds at most, cut to ``budget`` rows; nothing if it surely ends before."""
         held, wanted = request.num_held, request.wanted
         for share in request.in_flight:
-            if share.draft_plan.num_drafts:
+            if share.draft_plan.num_rows:
                 held = share.draft_plan.block_length if share.draft_plan.num_branches else 1
-                wanted -= 1
+                wanted -= request.policy.min_emitted
         if wanted <= 0 or budget <= 0:
             return NO_DRAFTS
         plan = request.policy.plan(held, wanted)
         num_drafts = min(plan.num_drafts, budget)
-        num_branches = min(plan.num_branches, (budget - num_drafts) // plan.block_length)
+        num_branches = min(plan.num_branches, (budget - num_drafts) // plan.branch_rows)
         return replace(plan, num_drafts=num_drafts, num_branches=num_branches)
 
     def _reserve(self, request: Request, start: int, plan: DraftPlan, builder: _PlanBuilder) -> DraftPlan:
@@ -195,7 +221,9 @@ class Scheduler:
                 return plan
 
     def _admit(self, request: Request, builder: _PlanBuilder) -> bool:
-        cache = self.kv.match_prefix(request.token_ids, request.message.cache_salt)
+        # Log-probabilities of the prompt need its rows to be computed.
+        known = [] if request.owes_prompt_logprobs else request.token_ids
+        cache = self.kv.match_prefix(known, request.message.cache_salt)
         # Room for all its tokens and the first drafts, or it would soon be preempted again.
         needed = self.kv.pages_for(len(request.token_ids) + 1) - len(cache.page_ids)
         if needed > self.kv.pool.num_free:
@@ -204,9 +232,7 @@ class Scheduler:
         self.waiting.popleft()
         self.running.append(request)
         request.status, request.cache, request.slot, request.num_held = RequestStatus.RUNNING, cache, self._free_slots.pop(), 1
-        builder.admissions.append(
-            Admission(request.slot, cache.num_computed, request.token_ids[-1], request.wanted, request.message.sampling)
-        )
+        builder.admissions.append(self._admission(request, cache.num_computed))
         if cache.page_ids:
             builder.page_updates.append(PageUpdate(request.slot, 0, tuple(cache.page_ids)))
         if not request.scheduled_at:
@@ -215,6 +241,20 @@ class Scheduler:
             self.counters.count_admission(request, cache.num_computed)
         self._schedule(request, builder, builder.budget)
         return True
+
+    def _admission(self, request: Request, num_computed: int) -> Admission:
+        message = request.message
+        return Admission(
+            slot=request.slot,
+            num_computed=num_computed,
+            prompt_token_ids=message.prompt_token_ids,
+            output_token_ids=tuple(request.token_ids[request.num_prompt_tokens :]),
+            mode=request.policy.mode,
+            sampling=message.sampling,
+            # min_tokens holds an EOS back even where it would not end the request.
+            stop_token_ids=tuple(sorted(self.eos_token_ids.union(message.sampling.stop_token_ids))),
+            matcher=request.grammar.start() if request.grammar else None,
+        )
 
     def _preempt(self, request: Request) -> None:
         """Take a request's pages and slot away; it waits at the front and is recomputed. Its launched shares are dropped."""
@@ -259,19 +299,28 @@ class Scheduler:
         kept, reason = _until_stop(judged.token_ids, request.stop_token_ids, request.wanted)
         request.token_ids.extend(kept)
         cache = _cache_of(request)
-        self.kv.commit(cache, len(share.prefill_token_ids) + len(kept), request.token_ids)
+        # Behind a stop there are committed drafts that the request does not have.
+        known = len(request.token_ids) - cache.num_computed - len(share.prefill_token_ids)
+        self.kv.commit(cache, len(share.prefill_token_ids) + min(judged.num_committed, known), request.token_ids)
         # Drafts that were rejected give their pages back, except those that a launched step may write to.
         self.kv.truncate(cache, min(cache.num_computed + request.num_rows_in_flight, request.max_computed))
         self.counters.count_share(share, judged, len(kept))
-        if not kept:
+        if share.draft_plan.num_rows:
+            request.speculation = _count(request.speculation, judged)
+        if judged.error is not None:
+            self._finish(request)
+            return RequestOutput(request.request_id, (), FinishReason.ERROR, error=judged.error)
+        prompt_logprobs = self._new_prompt_logprobs(request, share, judged)
+        if not kept and not prompt_logprobs:
             return None
         now = time.monotonic()
-        request.first_token_at = request.first_token_at or now
-        request.speculation = _count(request.speculation, judged)
+        if kept:
+            request.first_token_at = request.first_token_at or now
         times = None
         if reason is not None:
             self._finish(request)
             times = RequestTimes(request.message.arrival, request.scheduled_at, request.first_token_at, now)
+        sampling = request.message.sampling
         return RequestOutput(
             request.request_id,
             kept,
@@ -280,7 +329,17 @@ class Scheduler:
             num_cached_tokens=request.num_cached_tokens,
             speculation=request.speculation,
             times=times,
+            logprobs=_cut(judged.logprobs[: len(kept)], sampling.logprobs),
+            prompt_logprobs=_cut(prompt_logprobs, sampling.prompt_logprobs),
         )
+
+    def _new_prompt_logprobs(
+        self, request: Request, share: ScheduledRequest, judged: RequestResult
+    ) -> tuple[TokenLogprobs, ...]:
+        """Those that were not sent before; a preempted request computes some of them again."""
+        new = judged.prompt_logprobs[max(0, request.num_prompt_logprobs - share.max_computed) :]
+        request.num_prompt_logprobs += len(new)
+        return new
 
     def stats(self) -> EngineStats:
         """A frozen snapshot for the server."""
@@ -295,13 +354,41 @@ class Scheduler:
         for request in self.running:
             cache = _cache_of(request)
             reach = min(cache.num_computed + request.num_rows_in_flight, request.max_computed)
-            assert cache.num_computed <= len(request.token_ids) - 1, "the last token has no K/V yet"
+            # In the exact modes the last token has no K/V yet; a diffusion block is decided behind tokens that all have it.
+            without = request.policy.min_emitted
+            assert cache.num_computed <= len(request.token_ids) - without, "a token has K/V before it is known"
             assert len(cache.page_ids) >= self.kv.pages_for(reach), "a launched step lacks a page"
 
 
 def _cache_of(request: Request) -> SequenceCache:
     assert request.cache is not None, "a running request has pages"
     return request.cache
+
+
+def diffusion_problem(message: GenerateRequest) -> str | None:
+    """Why a request cannot be decoded by diffusion, if so: nothing verifies its tokens one after the other."""
+    sampling = message.sampling
+    for name, is_asked in (
+        ("a grammar", message.grammar is not None),
+        ("a penalty", sampling.has_penalties),
+        ("min_tokens", sampling.min_tokens > 0),
+        ("logprobs", sampling.logprobs is not None),
+    ):
+        if is_asked:
+            return f"{name} cannot be combined with decoding 'diffusion': leave it out or choose another mode"
+    return None
+
+
+def _prompt_targets(request: Request, computed: int, num_prefill: int) -> tuple[int, ...]:
+    """The tokens after the prefill rows from ``computed`` on that lie in the prompt, if their log-probabilities are wanted."""
+    if not request.owes_prompt_logprobs:
+        return ()
+    return request.message.prompt_token_ids[computed + 1 : computed + num_prefill + 1]
+
+
+def _cut(logprobs: Sequence[TokenLogprobs], num_top: int | None) -> tuple[TokenLogprobs, ...]:
+    """What one request asked for, of rows that were computed for the most demanding one of their step."""
+    return () if num_top is None else tuple(replace(p, top=p.top[:num_top]) for p in logprobs)
 
 
 def _until_stop(

@@ -43,11 +43,11 @@ class EngineCounters:
         plan = share.draft_plan
         self.prefill_rows += len(share.prefill_token_ids)
         self.draft_rows += plan.num_drafts
-        self.mask_rows += plan.num_branches * plan.block_length
+        self.mask_rows += plan.num_branches * plan.branch_rows
         self.generation_tokens += num_emitted
-        if plan.num_drafts:
+        if plan.num_rows:
             self.forwards += 1
-        if plan.num_branches:
+        if plan.num_branches and result.num_drafts:
             hit = result.num_held > 1
             self.branch_hits += hit
             self.branch_misses += not hit

@@ -9,21 +9,32 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from engine.sampling_params import SamplingParams
+from engine.grammar import Matcher
+from engine.messages import TokenLogprobs
+from engine.sampling_params import DecodingMode, SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
 class DraftPlan:
-    """Upper bounds of one request's decode rows: ``num_drafts + num_branches * block_length``."""
+    """Upper bounds of one request's decode rows: drafts, and branches of ``block_length`` masks.
+
+    ``has_anchor``: a branch begins with one more row, a copy of the draft that it bets on, which sees the branch's masks.
+    """
 
     num_drafts: int
     num_branches: int
     block_length: int
+    has_anchor: bool = False
+
+    @property
+    def branch_rows(self) -> int:
+        """Rows of one branch."""
+        return self.block_length + self.has_anchor
 
     @property
     def num_rows(self) -> int:
         """Rows that the plan takes in a step."""
-        return self.num_drafts + self.num_branches * self.block_length
+        return self.num_drafts + self.num_branches * self.branch_rows
 
 
 NO_DRAFTS = DraftPlan(0, 0, 1)
@@ -32,13 +43,30 @@ NO_DRAFTS = DraftPlan(0, 0, 1)
 
 @dataclass(frozen=True, slots=True)
 class Admission:
-    """A request takes a slot: everything the device has to know about it."""
+    """A request takes a slot: everything the device has to know about it.
+
+    ``output_token_ids`` are what it has emitted before it was preempted. ``stop_token_ids`` are what ``min_tokens`` holds back.
+    ``matcher`` is the one live object that a plan carries: the compiled grammar, at its start.
+    """
 
     slot: int
     num_computed: int
-    last_token_id: int
-    wanted: int
+    prompt_token_ids: tuple[int, ...]
+    output_token_ids: tuple[int, ...]
+    mode: DecodingMode
     sampling: SamplingParams
+    stop_token_ids: tuple[int, ...] = ()
+    matcher: Matcher | None = None
+
+    @property
+    def last_token_id(self) -> int:
+        """The certain draft: the last token that is known."""
+        return (self.output_token_ids or self.prompt_token_ids)[-1]
+
+    @property
+    def wanted(self) -> int:
+        """Tokens that may still be emitted."""
+        return self.sampling.max_tokens - len(self.output_token_ids)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +74,8 @@ class ScheduledRequest:
     """One request's share of a step.
 
     ``prefill_token_ids`` are computed causally at the positions after its computed tokens; drafts follow. ``max_computed`` is
-    an upper bound of its computed tokens when the step starts, exact at loop depth 0.
+    an upper bound of its computed tokens when the step starts, exact at loop depth 0 and while the prompt is computed.
+    ``prompt_targets``, where prompt log-probabilities are asked for, are the tokens that follow the first prefill tokens.
     """
 
     request_id: str
@@ -54,6 +83,8 @@ class ScheduledRequest:
     prefill_token_ids: tuple[int, ...]
     draft_plan: DraftPlan
     max_computed: int
+    prompt_targets: tuple[int, ...] = ()
+    wants_logprobs: bool = False
 
     @property
     def num_rows(self) -> int:
@@ -90,12 +121,17 @@ class RequestResult:
     """What the judge found for one scheduled request, in the order of the plan.
 
     ``token_ids`` are the ``a`` tokens that the step emits (none for a prefill chunk). ``num_drafts`` is how many drafts were
-    really verified. ``num_held`` drafts are ready for the next step: 1 after a miss.
+    really verified. ``num_held`` drafts are ready for the next step: 1 after a miss. ``num_committed`` drafts have their K/V
+    in the cache: ``a`` of them in the exact modes. ``error`` ends the request alone.
     """
 
     token_ids: tuple[int, ...]
     num_drafts: int
     num_held: int
+    num_committed: int
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    error: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,9 +10,12 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from ctypes import c_double
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import NoReturn, Protocol, TypeAlias
+from typing import Any, NoReturn, Protocol, TypeAlias
 
 from engine.config import EngineConfig
 from engine.messages import (
@@ -22,6 +25,7 @@ from engine.messages import (
     EngineReady,
     EngineStats,
     GenerateRequest,
+    GrammarSpec,
     Progress,
     Shutdown,
     StepOutputs,
@@ -59,8 +63,16 @@ class EngineCore(Protocol):
         """Whether ``step`` has something to do or to report. While False, the process sleeps until a message comes."""
         ...
 
-    def add(self, request: GenerateRequest) -> None:
-        """Queue a request. Never raises for a bad one: the next step answers it with an error output."""
+    def compile(self, spec: GrammarSpec) -> Any:
+        """Compile a request's grammar. Called from another thread than the rest. Raises an exception for the client."""
+        ...
+
+    def add(self, request: GenerateRequest, grammar: Any = None) -> None:
+        """Queue a request, with its compiled grammar. Never raises for a bad one: the next step answers it with an error."""
+        ...
+
+    def reject(self, request_id: str, problem: str) -> None:
+        """Have the next step answer a request with an error output."""
         ...
 
     def abort(self, request_id: str) -> None:
@@ -70,6 +82,52 @@ class EngineCore(Protocol):
     def step(self) -> StepOutputs:
         """Run one step; with nothing to do, it gives the statistics alone. An exception is fatal for the process."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Compiled:
+    """The grammar of a request that was put aside, or what is wrong with it."""
+
+    request: GenerateRequest
+    grammar: Any = None
+    problem: str | None = None
+
+
+class _GrammarQueue:
+    """Compiles grammars in a thread of its own, so that no other request waits for one; puts the results in the inbox."""
+
+    def __init__(self, core: EngineCore, put: Callable[[_Compiled], None]) -> None:
+        self._core, self._put = core, put
+        self._waiting: set[str] = set()
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="engine-grammars")
+
+    def start(self, request: GenerateRequest) -> None:
+        """Put a request aside until its grammar is compiled."""
+        self._waiting.add(request.request_id)
+        self._pool.submit(self._compile, request)
+
+    def abort(self, request_id: str) -> None:
+        """Forget a request; unknown ids are ignored."""
+        self._waiting.discard(request_id)
+
+    def finish(self, compiled: _Compiled) -> None:
+        """Hand a request over to the core, unless it was aborted meanwhile."""
+        request = compiled.request
+        if request.request_id not in self._waiting:
+            return
+        self._waiting.discard(request.request_id)
+        if compiled.problem is not None:
+            self._core.reject(request.request_id, compiled.problem)
+        else:
+            self._core.add(request, compiled.grammar)
+
+    def _compile(self, request: GenerateRequest) -> None:
+        assert request.grammar is not None
+        try:
+            compiled = _Compiled(request, self._core.compile(request.grammar))
+        except Exception as error:  # whatever it is, it must end this request and no other
+            compiled = _Compiled(request, problem=" ".join(str(error).split()) or type(error).__name__)
+        self._put(compiled)
 
 
 class CoreFactory(Protocol):
@@ -94,7 +152,8 @@ class _Channel:
     def __init__(self, connection: Connection, heartbeat: c_double) -> None:
         self._connection = connection
         self._heartbeat = heartbeat
-        self._inbox: queue.SimpleQueue[ToEngine] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[ToEngine | _Compiled] = queue.SimpleQueue()
+        self.put = self._inbox.put
         threading.Thread(target=self._read, name="engine-inbox", daemon=True).start()
 
     def _read(self) -> None:
@@ -109,9 +168,9 @@ class _Channel:
                 sys.stderr.flush()
                 os._exit(1)
 
-    def receive(self, *, wait: bool) -> list[ToEngine]:
+    def receive(self, *, wait: bool) -> list[ToEngine | _Compiled]:
         """All messages that are here, oldest first; with ``wait``, sleep for the first one, one idle tick at most."""
-        messages: list[ToEngine] = []
+        messages: list[ToEngine | _Compiled] = []
         try:
             if wait:
                 messages.append(self._inbox.get(timeout=IDLE_TICK_SECONDS))
@@ -159,14 +218,20 @@ def run_engine(config: EngineConfig, connection: Connection, heartbeat: c_double
 
 def _serve(core: EngineCore, channel: _Channel) -> None:
     sent_stats = EngineStats()
+    grammars = _GrammarQueue(core, channel.put)
     while True:
         channel.tick()
         messages = channel.receive(wait=not core.has_work)
         for message in messages:
             match message:
+                case GenerateRequest(grammar=GrammarSpec()):
+                    grammars.start(message)
                 case GenerateRequest():
                     core.add(message)
+                case _Compiled():
+                    grammars.finish(message)
                 case AbortRequest():
+                    grammars.abort(message.request_id)
                     core.abort(message.request_id)
                 case Shutdown():
                     return

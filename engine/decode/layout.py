@@ -1,21 +1,46 @@
 """The rows of a step as index tensors that depend on the plan's bounds alone, so that they are built once and reused.
 
-Rows of a request: prefill tokens, drafts, then the masks of its branches, one block after the other. Where a bound is not
-reached (fewer drafts held, fewer branches worth running) the rows are padding.
+Rows of a request: prefill tokens, drafts, then its branches, one block after the other. Where a bound is not reached (fewer
+drafts held, fewer branches worth running) the rows are padding.
 
-Shape suffixes: N requests of the step, R rows, D verifying rows (drafts), B branches at most, K block length at most.
+Shape suffixes: N requests of the step, R rows, D verifying rows (drafts), B branches at most, K block length at most, P
+prefill rows whose logits are asked for.
 """
 
 from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-Shape = tuple[int, int, int, int]
-"""Of one request: prefill tokens, drafts, branches, block length."""
+from engine.step import ScheduledRequest
+
+ANCHOR = -1
+"""The number in its block of an anchor's row, which stands before mask 0."""
+
+
+class RequestShape(NamedTuple):
+    """The bounds of one request's share, all that a layout depends on.
+
+    The first ``num_prompt_logits`` prefill rows need logits. ``has_anchor``: branches begin with a copy of their draft.
+    """
+
+    num_prefill: int
+    num_drafts: int
+    num_branches: int
+    block_length: int
+    has_anchor: bool = False
+    num_prompt_logits: int = 0
+
+    @staticmethod
+    def of(share: ScheduledRequest) -> RequestShape:
+        """The shape of a request's share of a step."""
+        plan, prefill = share.draft_plan, len(share.prefill_token_ids)
+        anchor, targets = plan.has_anchor, len(share.prompt_targets)
+        return RequestShape(prefill, plan.num_drafts, plan.num_branches, plan.block_length, anchor, targets)
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,10 +48,12 @@ class StepLayout:
     """Index tensors of one combination of shapes.
 
     ``request_R``: the request (in plan order) of a row. ``clean_R``: whether it is a clean row; ``index_R``: its number within
-    the request. ``rank_R``, ``in_block_R``: for a mask row, its branch's rank and its own number in the block.
-    ``prefill_rows``, ``verify_rows_D``, ``mask_rows`` are row numbers. ``verify_request_D``, ``verify_index_D``: the request
-    and the draft number of a verifying row. ``masks_NBK``: where in the logits the masks ``1..k-1`` of a branch stand.
-    ``logit_rows``: rows that need logits, verifying ones first.
+    the request. ``rank_R``, ``in_block_R``: for a branch's row, the branch's rank and its own number in the block, ``ANCHOR``
+    before mask 0. ``has_anchor_N``: which requests have anchors. ``prefill_rows``, ``verify_rows_D`` and ``draft_rows`` (all
+    rows of branches) are row numbers. ``verify_request_D``, ``verify_index_D``: the request and the draft number of a verifying
+    row; ``verify_starts``: where each request's begin among them. ``masks_NBK``: where in the logits the masks of a branch
+    stand; without ``first_masks``, mask 0 has none. ``prompt_logits``: where those of the prompt begin. ``logit_rows``: rows
+    that need logits: verifying ones, masks, prompt; None: all rows, in their order.
     """
 
     row_starts: tuple[int, ...]
@@ -39,12 +66,16 @@ class StepLayout:
     index_R: Tensor
     rank_R: Tensor
     in_block_R: Tensor
+    has_anchor_N: Tensor
     prefill_rows: Tensor
     verify_rows_D: Tensor
     verify_request_D: Tensor
     verify_index_D: Tensor
+    verify_starts: tuple[int, ...]
+    draft_rows: Tensor
     masks_NBK: Tensor
-    logit_rows: Tensor
+    prompt_logits: int
+    logit_rows: Tensor | None
     num_prefill_N: Tensor
     num_drafts_N: Tensor
     num_branches_N: Tensor
@@ -52,32 +83,39 @@ class StepLayout:
 
 
 @functools.lru_cache(maxsize=256)
-def build_layout(shapes: tuple[Shape, ...], device: torch.device) -> StepLayout:
-    """The layout of a step whose requests have these shapes."""
-    num_prefill_N, num_drafts_N, num_branches_N, block_length_N = torch.tensor(shapes).unbind(1)
+def build_layout(shapes: tuple[RequestShape, ...], first_masks: bool, device: torch.device) -> StepLayout:
+    """The layout of a step whose requests have these shapes.
+
+    ``first_masks``: mask 0 needs logits too. It stands at the position of a token that verification emits, so otherwise it
+    would be computed for nothing.
+    """
+    columns = torch.tensor(shapes, dtype=torch.long).unbind(1)
+    num_prefill_N, num_drafts_N, num_branches_N, block_length_N, has_anchor_N, num_prompt_logits_N = columns
     num_clean_N = num_prefill_N + num_drafts_N
-    num_rows_N = num_clean_N + num_branches_N * block_length_N
+    branch_rows_N = block_length_N + has_anchor_N
+    num_rows_N = num_clean_N + num_branches_N * branch_rows_N
     ends_N = num_rows_N.cumsum(0)
 
     request_R = torch.arange(len(shapes)).repeat_interleave(num_rows_N)
     index_R = torch.arange(len(request_R)) - (ends_N - num_rows_N)[request_R]
-    num_prefill_R, num_clean_R, block_length_R = num_prefill_N[request_R], num_clean_N[request_R], block_length_N[request_R]
+    num_prefill_R, num_clean_R, branch_rows_R = num_prefill_N[request_R], num_clean_N[request_R], branch_rows_N[request_R]
     clean_R = index_R < num_clean_R
-    mask_R = (index_R - num_clean_R).clamp(min=0)
-    rank_R, in_block_R = mask_R // block_length_R, mask_R % block_length_R
+    in_branches_R = (index_R - num_clean_R).clamp(min=0)
+    rank_R = in_branches_R // branch_rows_R
+    in_block_R = (in_branches_R % branch_rows_R - has_anchor_N[request_R]).masked_fill(clean_R, 0)
 
-    verify_rows_D = (clean_R & (index_R >= num_prefill_R)).nonzero().squeeze(1)
-    # The first mask of a block stands at the position of a token that the step itself emits, so it never drafts.
-    drafting_rows = in_block_R.nonzero().squeeze(1)
-    places = len(verify_rows_D) + torch.arange(len(drafting_rows))
-    max_branches = max(branches for _, _, branches, _ in shapes)
-    max_block = max((length for _, _, branches, length in shapes if branches), default=1)
-    masks_NBK = torch.zeros((len(shapes), max_branches, max_block - 1), dtype=torch.long)
-    masks_NBK[request_R[drafting_rows], rank_R[drafting_rows], in_block_R[drafting_rows] - 1] = places
+    verify_rows_D = _numbers(clean_R & (index_R >= num_prefill_R))
+    mask_rows = _numbers(~clean_R & (in_block_R >= (0 if first_masks else 1)))
+    logit_rows = torch.cat((verify_rows_D, mask_rows, _numbers(index_R < num_prompt_logits_N[request_R])))
+    max_branches = max(shape.num_branches for shape in shapes)
+    max_block = max((shape.block_length for shape in shapes if shape.num_branches), default=1)
+    masks_NBK = torch.zeros((len(shapes), max_branches, max_block), dtype=torch.long)
+    places = len(verify_rows_D) + torch.arange(len(mask_rows))
+    masks_NBK[request_R[mask_rows], rank_R[mask_rows], in_block_R[mask_rows]] = places
     return StepLayout(
         row_starts=(0, *ends_N.tolist()),
         num_rows=len(request_R),
-        max_drafts=max(drafts for _, drafts, _, _ in shapes),
+        max_drafts=max(shape.num_drafts for shape in shapes),
         max_branches=max_branches,
         max_block=max_block,
         request_R=request_R.to(device),
@@ -85,14 +123,22 @@ def build_layout(shapes: tuple[Shape, ...], device: torch.device) -> StepLayout:
         index_R=index_R.to(device),
         rank_R=rank_R.to(device),
         in_block_R=in_block_R.to(device),
-        prefill_rows=(index_R < num_prefill_R).nonzero().squeeze(1).to(device),
+        has_anchor_N=has_anchor_N.to(device),
+        prefill_rows=_numbers(index_R < num_prefill_R).to(device),
         verify_rows_D=verify_rows_D.to(device),
         verify_request_D=request_R[verify_rows_D].to(device),
         verify_index_D=(index_R - num_prefill_R)[verify_rows_D].to(device),
+        verify_starts=(0, *num_drafts_N.cumsum(0).tolist()),
+        draft_rows=_numbers(~clean_R).to(device),
         masks_NBK=masks_NBK.to(device),
-        logit_rows=torch.cat((verify_rows_D, drafting_rows)).to(device),
+        prompt_logits=len(verify_rows_D) + len(mask_rows),
+        logit_rows=None if torch.equal(logit_rows, torch.arange(len(request_R))) else logit_rows.to(device),
         num_prefill_N=num_prefill_N.to(device),
         num_drafts_N=num_drafts_N.to(device),
         num_branches_N=num_branches_N.to(device),
         block_length_N=block_length_N.to(device),
     )
+
+
+def _numbers(is_chosen_R: Tensor) -> Tensor:
+    return is_chosen_R.nonzero().squeeze(1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from engine.config import DecodeConfig
 from engine.sampling_params import DecodingMode
@@ -13,6 +13,16 @@ from engine.step import DraftPlan
 class DraftPolicy(Protocol):
     """Chooses the bounds of a request's decode rows."""
 
+    @property
+    def mode(self) -> DecodingMode:
+        """The mode it plans for, never ``AUTO``."""
+        ...
+
+    @property
+    def min_emitted(self) -> int:
+        """The fewest tokens that a decode step gives: 0 where several forwards may pass without one."""
+        ...
+
     def plan(self, held: int, wanted: int) -> DraftPlan:
         """The draft plan of a request that holds at most ``held`` drafts and wants at most ``wanted`` more tokens."""
         ...
@@ -21,6 +31,9 @@ class DraftPolicy(Protocol):
 @dataclass(frozen=True, slots=True)
 class Autoregressive:
     """Plain decoding: one draft, which is certain, and no branch."""
+
+    mode: ClassVar[DecodingMode] = DecodingMode.AR
+    min_emitted: ClassVar[int] = 1
 
     def plan(self, held: int, wanted: int) -> DraftPlan:
         return DraftPlan(1, 0, 1)
@@ -35,19 +48,42 @@ class Drafting:
 
     ``num_branches`` 0 is ``linear``: a step that verifies drafts runs no branch, so it always misses, and the step after it is
     a redraft. A request that holds only its certain draft runs branch 0, the only one there is, in every plan.
+    ``has_anchor``: the checkpoint's branches begin with a copy of their draft.
     """
 
+    min_emitted: ClassVar[int] = 1
     block_length: int
     num_branches: int
+    has_anchor: bool = False
+
+    @property
+    def mode(self) -> DecodingMode:
+        return DecodingMode.TIDAR if self.num_branches else DecodingMode.LINEAR
 
     def plan(self, held: int, wanted: int) -> DraftPlan:
         num_drafts = min(held, wanted, self.block_length)
         allowed = self.num_branches if held > 1 else 1
-        return DraftPlan(num_drafts, min(allowed, num_useful_branches(num_drafts, wanted)), self.block_length)
+        num_branches = min(allowed, num_useful_branches(num_drafts, wanted))
+        return DraftPlan(num_drafts, num_branches, self.block_length, self.has_anchor)
 
     def __str__(self) -> str:
         name = f"tidar with {self.num_branches} of {self.block_length} branches" if self.num_branches else "linear"
         return f"{name}, blocks of {self.block_length}"
+
+
+@dataclass(frozen=True, slots=True)
+class BlockDiffusion:
+    """One block of masks in every step, behind the drafts of the block before, which are computed whatever they are."""
+
+    mode: ClassVar[DecodingMode] = DecodingMode.DIFFUSION
+    min_emitted: ClassVar[int] = 0
+    block_length: int
+
+    def plan(self, held: int, wanted: int) -> DraftPlan:
+        return DraftPlan(held, 1, self.block_length)
+
+    def __str__(self) -> str:
+        return f"diffusion, blocks of {self.block_length} (lossy)"
 
 
 def num_useful_branches(num_drafts: int, wanted: int) -> int:
@@ -62,12 +98,13 @@ def default_mode(config: DecodeConfig, block_length: int | None) -> DecodingMode
     return DecodingMode.AR if block_length is None else DecodingMode.TIDAR
 
 
-def policies(config: DecodeConfig, block_length: int | None) -> dict[DecodingMode, DraftPolicy]:
+def policies(config: DecodeConfig, block_length: int | None, has_anchor: bool = False) -> dict[DecodingMode, DraftPolicy]:
     """The policy of every mode that the checkpoint supports; ``block_length`` None means that it was not trained to draft."""
     available: dict[DecodingMode, DraftPolicy] = {DecodingMode.AR: Autoregressive()}
     if block_length is not None:
         branches = block_length if config.num_branches is None else config.num_branches
-        available[DecodingMode.LINEAR] = Drafting(block_length, 0)
-        available[DecodingMode.TIDAR] = Drafting(block_length, branches)
+        available[DecodingMode.LINEAR] = Drafting(block_length, 0, has_anchor)
+        available[DecodingMode.TIDAR] = Drafting(block_length, branches, has_anchor)
+        available[DecodingMode.DIFFUSION] = BlockDiffusion(block_length)
     available[DecodingMode.AUTO] = available[default_mode(config, block_length)]
     return available

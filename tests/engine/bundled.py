@@ -16,7 +16,7 @@ from engine.models.loader import load_model
 from engine.models.transformer import Transformer
 from engine.sampling_params import DecodingMode, SamplingParams
 from tests.engine.driver import drive
-from tests.engine.oracle import next_token_logits, noisy_scores, processed
+from tests.engine.oracle import Context, next_token_logits, noisy_scores, processed
 from training.tokenizer import ASSISTANT, END, USER
 
 FOLDER = Path(server.__file__).parent / "bundled_model"
@@ -79,8 +79,10 @@ def gap_where_they_part(model: Transformer, request: GenerateRequest, one: tuple
     common = next(i for i in range(max(len(one), len(other))) if one[i : i + 1] != other[i : i + 1])
     assert common < min(len(one), len(other)), "one answer is cut short where the other goes on"
     tokens = [*request.prompt_token_ids, *one[:common]]
-    tidar = model.config.tidar
-    scores = processed(next_token_logits(model, tokens), request.sampling, tidar.mask_token_id if tidar else None)
+    config = model.config
+    mask = config.tidar.mask_token_id if config.tidar else None
+    context = Context(list(request.prompt_token_ids), list(one[:common]), frozenset(config.eos_token_ids), mask)
+    scores = processed(next_token_logits(model, tokens), request.sampling, context)
     noisy = noisy_scores(scores, request.sampling, position=len(tokens))
     return abs(noisy[one[common]] - noisy[other[common]])
 

@@ -30,7 +30,14 @@ class Transcript:
         last = self.outputs[request_id][-1]
         assert last.finish_reason is not None, f"{request_id} has no end"
         assert last.error is None, last.error
-        return Answer(self.tokens(request_id), last.finish_reason, last.stop_token_id)
+        outputs = self.outputs[request_id]
+        return Answer(
+            self.tokens(request_id),
+            last.finish_reason,
+            last.stop_token_id,
+            tuple(entry for output in outputs for entry in output.logprobs),
+            tuple(entry for output in outputs for entry in output.prompt_logprobs),
+        )
 
 
 def drive(

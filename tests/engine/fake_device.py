@@ -21,6 +21,7 @@ from engine.page_pool import NULL_PAGE, PagePool
 from engine.sampling_params import DecodingMode, SamplingParams
 from engine.scheduler import Scheduler
 from engine.step import RequestResult, ScheduledRequest, StepPlan, StepResult
+from tests.engine.vocabulary import no_grammars
 
 STOP_TOKEN = 99
 MAX_MODEL_LEN = 48
@@ -115,7 +116,7 @@ class FakeDevice:
         self._write(share, script, state, [*share.prefill_token_ids, *drafts])
         state.num_computed += num_prefill
         if num_drafts == 0:
-            return RequestResult((), 0, len(state.drafts))
+            return RequestResult((), 0, len(state.drafts), 0)
         return self._verify(share, script, state, drafts)
 
     def _verify(self, share: ScheduledRequest, script: Script, state: SlotState, drafts: list[int]) -> RequestResult:
@@ -133,7 +134,7 @@ class FakeDevice:
         state.drafts = [emitted[-1]]
         if accepted - 1 in branches:
             state.drafts += [self._guess(truth, start + accepted + j) for j in range(1, share.draft_plan.block_length)]
-        return RequestResult(emitted, len(drafts), len(state.drafts))
+        return RequestResult(emitted, len(drafts), len(state.drafts), accepted)
 
     def _guess(self, truth: tuple[int, ...], position: int) -> int:
         if position < len(truth) and self.rng.random() < self.guess_rate:
@@ -190,4 +191,4 @@ def fake_engine(limits: FakeLimits) -> tuple[EngineCore, FakeDevice]:
     config = SchedulerConfig(limits.max_num_seqs, limits.budget, async_depth=limits.depth)
     scheduler = Scheduler(config, kv, table, (), MAX_MODEL_LEN)
     device = FakeDevice(scheduler, limits.depth, random.Random(limits.seed), limits.guess_rate)
-    return EngineCore(scheduler, device, device, _INFO, limits.depth), device  # type: ignore[arg-type]
+    return EngineCore(scheduler, device, device, no_grammars(), _INFO, limits.depth), device  # type: ignore[arg-type]

@@ -1,7 +1,8 @@
 """Plain autoregressive decoding without the engine: what every exact mode must produce, token for token.
 
-Deliberately simple: all tokens are run again for every new one, attention is written out, and the distribution is processed
-with Python floats. Of the engine it uses the model's layers and the noise, nothing else.
+Deliberately simple: all tokens are run again for every new one, attention is written out, the distribution is processed with
+Python floats, and a grammar is walked from its start for every token. Of the engine it uses the model's layers and the noise,
+nothing else.
 """
 
 from __future__ import annotations
@@ -10,12 +11,14 @@ import math
 from dataclasses import dataclass
 
 import torch
+from llguidance import LLMatcher
 from torch import Tensor
 
-from engine.messages import FinishReason, GenerateRequest
+from engine.messages import FinishReason, GenerateRequest, GrammarSpec, TokenLogprobs
 from engine.models.transformer import Transformer
 from engine.sampling_params import SamplingParams
 from kernels.philox.reference import gumbel
+from tests.engine.vocabulary import llg_tokenizer, spell
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,8 @@ class Answer:
     token_ids: tuple[int, ...]
     finish_reason: FinishReason
     stop_token_id: int | None
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 class DenseCausalAttention:
@@ -39,17 +44,42 @@ class DenseCausalAttention:
         return torch.einsum("hrs,shd->rhd", weights_HRR, v_RHD)
 
 
-def next_token_logits(model: Transformer, token_ids: list[int]) -> list[float]:
-    """Raw logits of the token that follows."""
+def all_logits(model: Transformer, token_ids: list[int]) -> list[list[float]]:
+    """Raw logits of the token that follows each token."""
     with torch.inference_mode():
         hidden = model(torch.tensor(token_ids), torch.arange(len(token_ids)), DenseCausalAttention())
-        logits: list[float] = model.logits(hidden[-1:])[0].tolist()
+        logits: list[list[float]] = model.logits(hidden).tolist()
     return logits
 
 
-def processed(logits: list[float], sampling: SamplingParams, mask_token_id: int | None) -> list[float]:
-    """The logits whose softmax a token is drawn from, in the order temperature, min-p, top-k, top-p."""
-    scores = [-math.inf if token == mask_token_id else logit for token, logit in enumerate(logits)]
+def next_token_logits(model: Transformer, token_ids: list[int]) -> list[float]:
+    """Raw logits of the token that follows all of them."""
+    return all_logits(model, token_ids)[-1]
+
+
+@dataclass(frozen=True)
+class Context:
+    """What besides the sampling parameters shapes a distribution."""
+
+    prompt: list[int]
+    output: list[int]
+    eos: frozenset[int] = frozenset()
+    mask_token_id: int | None = None
+    allowed: frozenset[int] | None = None
+
+
+def processed(logits: list[float], sampling: SamplingParams, context: Context) -> list[float]:
+    """The logits whose softmax a token is drawn from, in vLLM's order."""
+    scores = [-math.inf if token == context.mask_token_id else logit for token, logit in enumerate(logits)]
+    if context.allowed is not None:
+        scores = _keep(scores, [token in context.allowed for token in range(len(scores))])
+    if len(context.output) < sampling.min_tokens:
+        stops = context.eos | set(sampling.stop_token_ids)
+        without_stops = _keep(scores, [token not in stops for token in range(len(scores))])
+        scores = without_stops if max(without_stops) > -math.inf else scores
+    for token, bias in sampling.logit_bias:
+        scores[token] += bias
+    scores = [_penalised(token, score, sampling, context) for token, score in enumerate(scores)]
     if sampling.temperature == 0.0:
         return scores
     scores = [score / sampling.temperature for score in scores]
@@ -64,6 +94,41 @@ def processed(logits: list[float], sampling: SamplingParams, mask_token_id: int 
     return scores
 
 
+def _penalised(token: int, score: float, sampling: SamplingParams, context: Context) -> float:
+    count = context.output.count(token)
+    if count or token in context.prompt:
+        score = score / sampling.repetition_penalty if score > 0 else score * sampling.repetition_penalty
+    score -= sampling.frequency_penalty * count
+    return score - sampling.presence_penalty * (count > 0)
+
+
+def allowed_tokens(spec: GrammarSpec, output: list[int], eos: frozenset[int], vocab_size: int) -> frozenset[int] | None:
+    """What a grammar lets follow; None: everything."""
+    everything, thinking, rest = frozenset(range(vocab_size)), spec.thinking, list(output)
+    may_think = thinking is not None and not thinking.is_open and not rest
+    if thinking is not None and (thinking.is_open or rest[:1] == [thinking.begin]):
+        if thinking.end not in rest:
+            return everything - eos
+        rest = rest[rest.index(thinking.end) + 1 :]
+    matcher = LLMatcher(llg_tokenizer(), spec.source)
+    for token in rest:
+        assert matcher.consume_token(token), f"{spell(output)!r} does not follow the grammar"
+    mask = int.from_bytes(matcher.compute_bitmask(), "little")
+    allowed = {token for token in range(vocab_size) if mask >> token & 1}
+    if may_think and thinking is not None and thinking.begin is not None:
+        allowed.add(thinking.begin)
+    return frozenset(allowed)
+
+
+def token_logprobs(logits: list[float], token: int, num_top: int) -> TokenLogprobs:
+    """Raw log-probabilities of one position."""
+    top = max(logits)
+    total = top + math.log(sum(math.exp(x - top) for x in logits))
+    order = sorted(range(len(logits)), key=lambda t: -logits[t])
+    pairs = tuple((t, logits[t] - total) for t in order[:num_top])
+    return TokenLogprobs(token, logits[token] - total, order.index(token) + 1, pairs)
+
+
 def noisy_scores(scores: list[float], sampling: SamplingParams, position: int) -> list[float]:
     """Scores plus the noise of this position; the largest one is the sample."""
     if sampling.temperature == 0.0:
@@ -75,17 +140,31 @@ def noisy_scores(scores: list[float], sampling: SamplingParams, position: int) -
 
 def decode(model: Transformer, request: GenerateRequest) -> Answer:
     """Run one request, one token a forward."""
-    sampling, tokens, config = request.sampling, list(request.prompt_token_ids), model.config
-    stops = set(sampling.stop_token_ids) | (set() if sampling.ignore_eos else set(config.eos_token_ids))
+    sampling, prompt, config = request.sampling, list(request.prompt_token_ids), model.config
+    eos, mask = frozenset(config.eos_token_ids), config.tidar.mask_token_id if config.tidar else None
+    stops = set(sampling.stop_token_ids) | (set() if sampling.ignore_eos and not request.grammar else eos)
     output: list[int] = []
+    logprobs: list[TokenLogprobs] = []
+    reason, stop = FinishReason.LENGTH, None
     while len(output) < sampling.max_tokens:
-        scores = processed(next_token_logits(model, tokens), sampling, config.tidar.mask_token_id if config.tidar else None)
-        token = _argmax(noisy_scores(scores, sampling, position=len(tokens)))
+        allowed = allowed_tokens(request.grammar, output, eos, config.vocab_size) if request.grammar else None
+        logits = next_token_logits(model, prompt + output)
+        scores = processed(logits, sampling, Context(prompt, output, eos, mask, allowed))
+        token = _argmax(noisy_scores(scores, sampling, position=len(prompt) + len(output)))
+        if sampling.logprobs is not None:
+            logprobs.append(token_logprobs(logits, token, sampling.logprobs))
         output.append(token)
-        tokens.append(token)
         if token in stops:
-            return Answer(tuple(output), FinishReason.STOP, token)
-    return Answer(tuple(output), FinishReason.LENGTH, None)
+            reason, stop = FinishReason.STOP, token
+            break
+    return Answer(tuple(output), reason, stop, tuple(logprobs), tuple(_of_prompt(model, prompt, sampling)))
+
+
+def _of_prompt(model: Transformer, prompt: list[int], sampling: SamplingParams) -> list[TokenLogprobs]:
+    if sampling.prompt_logprobs is None:
+        return []
+    rows = zip(all_logits(model, prompt), prompt[1:], strict=False)
+    return [token_logprobs(logits, token, sampling.prompt_logprobs) for logits, token in rows]
 
 
 def _softmax(scores: list[float]) -> list[float]:

@@ -140,7 +140,7 @@ class TableRunner:
     def execute(self, inputs: StepInputs) -> Tensor:
         rows = inputs.layout.logit_rows
         position_of_token = inputs.positions_R + inputs.layout.clean_R.long()
-        return self.table[position_of_token[rows]]
+        return self.table[position_of_token if rows is None else position_of_token[rows]]
 
 
 def table_engine(num_branches: int | None, depth: int) -> tuple[EngineCore, Tensor]:

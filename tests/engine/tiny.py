@@ -28,8 +28,8 @@ from engine.core import EngineCore
 from engine.messages import SamplingDefaults
 from engine.models.transformer import Transformer
 from engine.sampling_params import DecodingMode
+from tests.engine.vocabulary import EOS_TOKEN, MASK_TOKEN, VOCAB_SIZE, tiny_grammars
 
-VOCAB_SIZE, MASK_TOKEN, EOS_TOKEN = 23, 7, 3
 MAX_MODEL_LEN = 64
 BLOCK_LENGTH = 6
 
@@ -90,12 +90,13 @@ def tiny_engine(
     depth: int = 0,
     num_branches: int | None = 1,
     block_length: int | None = None,
+    **decode: float,
 ) -> EngineCore:
     """An engine around a model, assembled as the server's is."""
     config = EngineConfig(
         "tiny",
         cache=CacheConfig(page_size, num_pages, prefix_caching),
         scheduler=SchedulerConfig(max_num_seqs, budget, async_depth=depth),
-        decode=DecodeConfig(DecodingMode.TIDAR, block_length, num_branches),
+        decode=DecodeConfig(DecodingMode.TIDAR, block_length, num_branches, **decode),
     )
-    return assemble(config, model, MAX_MODEL_LEN, SamplingDefaults())
+    return assemble(config, model, MAX_MODEL_LEN, SamplingDefaults(), tiny_grammars())

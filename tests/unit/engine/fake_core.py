@@ -77,7 +77,7 @@ class FakeCore:
     def has_work(self) -> bool:
         return bool(self._extra) or any(self._rest(request) for request in self._requests.values())
 
-    def add(self, request: GenerateRequest) -> None:
+    def add(self, request: GenerateRequest, grammar: object = None) -> None:
         self._requests[request.request_id] = request
         self._num_emitted[request.request_id] = 0
 

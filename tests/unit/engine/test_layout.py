@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from engine.decode.layout import build_layout
+from engine.decode.layout import RequestShape, build_layout
 from engine.decode.tidar import StepInputs, TidarDecoder
 from engine.input_batch import InputBatch
-from engine.sampling_params import SamplingParams
+from engine.sampling_params import DecodingMode, SamplingParams
 from engine.step import NO_DRAFTS, Admission, DraftPlan, PageUpdate, ScheduledRequest, StepPlan
 from kernels.mask_layout import visible
 
@@ -18,11 +18,11 @@ PAGES = (5, 2, 7)
 
 
 def decoder(num_slots: int = 1, max_drafts: int = 3) -> TidarDecoder:
-    return TidarDecoder(InputBatch(num_slots, max_drafts, len(PAGES), CPU), PAGE_SIZE, MASK)
+    return TidarDecoder(InputBatch(num_slots, max_drafts, len(PAGES), 10, CPU), PAGE_SIZE, MASK)
 
 
 def admit(slot: int, num_computed: int, last: int, wanted: int = 100) -> Admission:
-    return Admission(slot, num_computed, last, wanted, SamplingParams(wanted, temperature=0.0))
+    return Admission(slot, num_computed, (last,), (), DecodingMode.TIDAR, SamplingParams(wanted, temperature=0.0))
 
 
 def lay_out_example(plan: DraftPlan, held: int = 3, wanted: int = 100) -> StepInputs:
@@ -109,20 +109,20 @@ def test_prefill_chunks_and_decode_steps_share_a_step() -> None:
 
 
 def test_logits_of_masks_are_found_by_request_rank_and_number() -> None:
-    layout = build_layout(((0, 2, 2, 3), (1, 1, 1, 2)), CPU)
+    layout = build_layout((RequestShape(0, 2, 2, 3), RequestShape(1, 1, 1, 2)), False, CPU)
     assert layout.row_starts == (0, 8, 12)
     assert layout.verify_rows_D.tolist() == [0, 1, 9]
     assert layout.verify_request_D.tolist() == [0, 0, 1]
     assert layout.verify_index_D.tolist() == [0, 1, 0]
     masks = {(0, 0): [3, 4], (0, 1): [6, 7], (1, 0): [11]}
     for (request, rank), rows in masks.items():
-        places = layout.masks_NBK[request, rank, : len(rows)]
+        places = layout.masks_NBK[request, rank, 1 : len(rows) + 1]
         assert layout.logit_rows[places].tolist() == rows
     assert (layout.max_drafts, layout.max_branches, layout.max_block) == (2, 2, 3)
 
 
 def test_a_layout_without_branches_has_clean_rows_only() -> None:
-    layout = build_layout(((0, 1, 0, 1), (3, 0, 0, 1)), CPU)
+    layout = build_layout((RequestShape(0, 1, 0, 1), RequestShape(3, 0, 0, 1)), False, CPU)
     assert layout.clean_R.all()
     assert layout.prefill_rows.tolist() == [1, 2, 3]
     assert layout.logit_rows.tolist() == [0]

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.decode.sampling import RowSampling, probability_of, process_logits, row_sampling, sample
+from engine.decode.sampling import Ahead, RowSampling, probability_of, process_logits, row_sampling, sample
 from engine.input_batch import InputBatch, SamplingNeeds
-from engine.sampling_params import SamplingParams
+from engine.sampling_params import DecodingMode, SamplingParams
 from engine.step import Admission
 from kernels.philox.reference import gumbel
 
@@ -46,9 +46,10 @@ def naive(logits: list[float], params: SamplingParams) -> list[float]:
 
 
 def rows_of(params: list[SamplingParams]) -> RowSampling:
-    batch = InputBatch(len(params), 1, 1, torch.device("cpu"))
-    batch.update([Admission(slot, 0, 0, p.max_tokens, p) for slot, p in enumerate(params)], [])
-    return row_sampling(batch, torch.arange(len(params)), SamplingNeeds.of(params))
+    batch = InputBatch(len(params), 1, 1, 8, torch.device("cpu"))
+    batch.update([Admission(slot, 0, (0,), (), DecodingMode.AR, p) for slot, p in enumerate(params)], [])
+    nothing = Ahead(torch.zeros(len(params), dtype=torch.long), torch.zeros((len(params), 0), dtype=torch.long))
+    return row_sampling(batch, torch.arange(len(params)), SamplingNeeds.of(params), nothing)
 
 
 def process(logits: Tensor, *params: SamplingParams) -> Tensor:

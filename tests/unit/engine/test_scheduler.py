@@ -9,7 +9,7 @@ from engine.messages import FinishReason, GenerateRequest, RequestOutput
 from engine.page_pool import PagePool
 from engine.sampling_params import DecodingMode, SamplingParams
 from engine.scheduler import Scheduler
-from engine.step import Admission, DraftPlan, PageUpdate, RequestResult, StepPlan, StepResult
+from engine.step import DraftPlan, PageUpdate, RequestResult, StepPlan, StepResult
 
 K, EOS = 4, 50
 
@@ -45,7 +45,7 @@ def apply(scheduler: Scheduler, plan: StepPlan, **results: tuple[tuple[int, ...]
     judged = []
     for share in plan.requests:
         token_ids, held = results.get(share.request_id, ((), 1))
-        judged.append(RequestResult(token_ids, share.draft_plan.num_drafts, held))
+        judged.append(RequestResult(token_ids, share.draft_plan.num_drafts, held, len(token_ids)))
     outputs = scheduler.apply(plan, StepResult(plan.step_id, tuple(judged)))
     scheduler.check_integrity()
     return outputs
@@ -56,10 +56,12 @@ def test_a_short_prompt_is_computed_and_redrafted_in_one_step() -> None:
     scheduler.add(ask("a", 6))
     plan = plan_of(scheduler)
     assert shares(plan) == {"a": (5, 1, 1)}
-    first = ask("a", 6).prompt_token_ids
+    first, sampling = ask("a", 6).prompt_token_ids, ask("a", 6).sampling
     assert plan.requests[0].prefill_token_ids == first[:5]
     slot = plan.requests[0].slot
-    assert plan.admissions == (Admission(slot, 0, first[5], 20, ask("a", 6).sampling),)
+    (admission,) = plan.admissions
+    assert (admission.slot, admission.num_computed, admission.last_token_id, admission.wanted) == (slot, 0, first[5], 20)
+    assert (admission.prompt_token_ids, admission.output_token_ids, admission.sampling) == (first, (), sampling)
     assert plan.page_updates == (PageUpdate(slot, 0, tuple(scheduler.running[0].cache.page_ids)),)  # type: ignore[union-attr]
 
 

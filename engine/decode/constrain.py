@@ -1,0 +1,125 @@
+"""The grammars of the running requests, by slot: masks for the rows that verify, and drafts that a grammar allows.
+
+A mask depends on the tokens before it, so it has to be known on the host which drafts a request holds. That is so once they
+are made: they are walked through the grammar at the end of the step that made them, and the masks of the next step's verifying
+rows are written on the way. A constrained request costs its step one read from the device, and nobody else's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from engine.decode.layout import StepLayout
+from engine.decode.sampling import GrammarRows
+from engine.grammar import GrammarError, Matcher, empty_mask
+from engine.step import Admission, StepPlan
+
+
+@dataclass(slots=True)
+class _Constrained:
+    """One request: where its grammar stands after the emitted tokens, and the masks [K, words] after each of its drafts."""
+
+    matcher: Matcher
+    masks: Tensor
+    error: str | None = None
+
+
+@dataclass(slots=True)
+class DraftWalk:
+    """A constrained request's fresh drafts, the certain one first, and how many of them its grammar has taken so far."""
+
+    slot: int
+    token_ids: list[int]
+
+
+Resample = Callable[[Sequence[int], int, Tensor], list[int]]
+"""Given the walks' numbers, a draft's number and a mask [walks, words], draws that draft again; returns the tokens."""
+
+
+class GrammarTable:
+    """Owns the matchers. A request whose grammar fails goes on unconstrained until its error has ended it."""
+
+    def __init__(self, max_drafts: int, vocab_size: int, device: torch.device) -> None:
+        self._max_drafts, self._vocab_size, self._device = max_drafts, vocab_size, device
+        self._by_slot: dict[int, _Constrained] = {}
+
+    def admit(self, admission: Admission) -> None:
+        """A request takes the slot; one that was preempted has its grammar walked again."""
+        self._by_slot.pop(admission.slot, None)
+        if admission.matcher is not None:
+            masks = empty_mask(self._max_drafts, self._vocab_size)
+            self._by_slot[admission.slot] = _Constrained(admission.matcher, masks)
+            self.advance(admission.slot, admission.output_token_ids)
+
+    def constrained(self, plan: StepPlan) -> list[int]:
+        """Which requests of a plan have a grammar and something to verify, as indices into it."""
+        return [i for i, share in enumerate(plan.requests) if share.slot in self._by_slot and share.draft_plan.num_drafts > 0]
+
+    def error(self, slot: int) -> str | None:
+        """Why the slot's request cannot go on, if it cannot."""
+        state = self._by_slot.get(slot)
+        return state.error if state else None
+
+    def verify_rows(self, plan: StepPlan, layout: StepLayout, constrained: Sequence[int]) -> GrammarRows | None:
+        """The masks of the rows that verify these requests' drafts."""
+        if not constrained:
+            return None
+        counts = [plan.requests[i].draft_plan.num_drafts for i in constrained]
+        rows = [layout.verify_starts[i] + j for i, count in zip(constrained, counts, strict=True) for j in range(count)]
+        masks = [self._by_slot[plan.requests[i].slot].masks[:n] for i, n in zip(constrained, counts, strict=True)]
+        return GrammarRows(torch.tensor(rows, device=self._device), torch.cat(masks).to(self._device))
+
+    def advance(self, slot: int, token_ids: Sequence[int]) -> None:
+        """The slot's request emitted these tokens: what may follow the last of them is written into its first mask."""
+        state = self._by_slot[slot]
+        state.masks.fill_(-1)
+        if state.error is not None:
+            return
+        try:
+            state.matcher.advance(token_ids)
+            state.matcher.fill_mask(state.masks[0])
+        except GrammarError as error:
+            state.error = str(error)
+
+    def walk(self, walks: Sequence[DraftWalk], resample: Resample) -> None:
+        """Take fresh drafts through their grammars, all requests in step, and draw again each one that is forbidden.
+
+        The masks of the next step's verifying rows are written on the way.
+        """
+        for number in range(1, max((len(walk.token_ids) for walk in walks), default=0)):
+            open_walks = [i for i, w in enumerate(walks) if number < len(w.token_ids) and self._is_sound(w.slot)]
+            forbidden = [i for i in open_walks if not self._take(walks[i], number)]
+            if forbidden:
+                masks = torch.stack([self._by_slot[walks[i].slot].masks[number - 1] for i in forbidden])
+                for i, token_id in zip(forbidden, resample(forbidden, number, masks), strict=True):
+                    walks[i].token_ids[number] = token_id
+                    if not self._take(walks[i], number):
+                        # Nothing that can be sampled is allowed (the mask token, say): verification decides alone.
+                        del walks[i].token_ids[number:]
+        for walk in walks:
+            self._come_back(walk.slot)
+
+    def _is_sound(self, slot: int) -> bool:
+        return self._by_slot[slot].error is None
+
+    def _take(self, walk: DraftWalk, number: int) -> bool:
+        state = self._by_slot[walk.slot]
+        if not state.matcher.try_draft(walk.token_ids[number]):
+            return False
+        try:
+            state.matcher.fill_mask(state.masks[number])
+        except GrammarError as error:
+            state.error = str(error)
+        return True
+
+    def _come_back(self, slot: int) -> None:
+        state = self._by_slot[slot]
+        try:
+            if state.error is None:
+                state.matcher.drop_drafts()
+        except GrammarError as error:
+            state.error = str(error)

@@ -1,0 +1,49 @@
+"""Raw log-probabilities: the model's own distribution, before any processing, at the rows that verify or compute a prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from engine.messages import TokenLogprobs
+
+ROWS_AT_ONCE = 256
+"""Bounds the memory of a long prompt over a large vocabulary."""
+
+
+@dataclass(frozen=True, slots=True)
+class Logprobs:
+    """Of Q rows: the token's own value, its rank from 1, and the K largest with their tokens."""
+
+    token_Q: Tensor
+    logprob_Q: Tensor
+    rank_Q: Tensor
+    top_tokens_QK: Tensor
+    top_logprobs_QK: Tensor
+
+    def read(self) -> Iterator[TokenLogprobs]:
+        """The rows as plain data; waits for the device."""
+        lists = (self.token_Q, self.logprob_Q, self.rank_Q, self.top_tokens_QK, self.top_logprobs_QK)
+        for token, logprob, rank, tokens, values in zip(*(t.tolist() for t in lists), strict=True):
+            yield TokenLogprobs(token, logprob, rank, tuple(zip(tokens, values, strict=True)))
+
+
+def raw_logprobs(logits_QV: Tensor, token_Q: Tensor, num_top: int) -> Logprobs:
+    """Log-softmax of the raw logits at ``token`` and at the ``num_top`` likeliest tokens."""
+    parts = [
+        _raw_logprobs(logits, token, num_top)
+        for logits, token in zip(logits_QV.split(ROWS_AT_ONCE), token_Q.split(ROWS_AT_ONCE), strict=True)
+    ]
+    return Logprobs(token_Q, *(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+
+
+def _raw_logprobs(logits_QV: Tensor, token_Q: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype = torch.promote_types(logits_QV.dtype, torch.float32)
+    values = logits_QV.to(dtype).log_softmax(dim=-1)
+    logprob = values.gather(1, token_Q[:, None])
+    rank = (values > logprob).sum(dim=1) + 1
+    top, tokens = values.topk(min(num_top, values.shape[1]), dim=1)
+    return logprob.squeeze(1), rank, tokens, top
