@@ -81,7 +81,7 @@ def assemble(
     settings = DecoderSettings(decode.trust_ar, decode.draft_temperature, decode.diffusion_threshold)
     decoder = TidarDecoder(batch, page_size, tidar.mask_token_id if tidar else None, settings)
     kv = KVCacheManager(PagePool(num_pages), page_size, config.cache.enable_prefix_caching)
-    table = policies(decode, block_length)
+    table = policies(decode, block_length, limits.max_num_batched_tokens)
     scheduler = Scheduler(limits, kv, table, model_config.eos_token_ids, max_model_len)
     info = EngineInfo(
         architecture=model_config.architecture,
@@ -168,6 +168,11 @@ def _check(config: EngineConfig, block_length: int | None) -> None:
         raise ConfigError(f"page_size must be at least 1, got {config.cache.page_size}")
     if branches is not None and block_length is not None and not 1 <= branches <= block_length:
         raise ConfigError(f"num_branches {branches} is not between 1 and the block length {block_length}; use 'all' for all")
+    if config.decode.mode is DecodingMode.DIFFUSION and block_length and limits.max_num_batched_tokens < 2 * block_length:
+        raise ConfigError(
+            f"max_num_batched_tokens ({limits.max_num_batched_tokens}) must be at least two blocks ({2 * block_length}) for "
+            "decoding by diffusion"
+        )
     _check_decode(config.decode, block_length)
 
 

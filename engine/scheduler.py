@@ -158,13 +158,13 @@ class Scheduler:
         computed = cache.num_computed + sum(len(s.prefill_token_ids) for s in request.in_flight)
         drafts_in_flight = sum(s.draft_plan.num_drafts for s in request.in_flight)
         max_computed = computed + drafts_in_flight
-        last = len(request.token_ids) - 1
+        last = len(request.token_ids) - request.policy.num_emitted(request.num_held)
         # Once drafts are in flight the prompt is done, and ``token_ids`` lags behind what the device has computed.
         prefill = () if drafts_in_flight else tuple(request.token_ids[computed : min(last, computed + budget)])
         plan = NO_DRAFTS
         if computed + len(prefill) >= last:
             plan = self._draft_plan(request, budget - len(prefill))
-        if not prefill and plan.num_drafts == 0:
+        if not prefill and plan.num_rows == 0:
             return
         plan = self._reserve(request, max_computed + len(prefill), plan, builder)
         if request.status is not RequestStatus.RUNNING:

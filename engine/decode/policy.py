@@ -23,6 +23,10 @@ class DraftPolicy(Protocol):
         """The fewest tokens that a decode step gives: 0 where several forwards may pass without one."""
         ...
 
+    def num_emitted(self, held: int) -> int:
+        """How many of the drafts that a request holds it has emitted already."""
+        ...
+
     def plan(self, held: int, wanted: int) -> DraftPlan:
         """The draft plan of a request that holds at most ``held`` drafts and wants at most ``wanted`` more tokens."""
         ...
@@ -34,6 +38,9 @@ class Autoregressive:
 
     mode: ClassVar[DecodingMode] = DecodingMode.AR
     min_emitted: ClassVar[int] = 1
+
+    def num_emitted(self, held: int) -> int:
+        return 1
 
     def plan(self, held: int, wanted: int) -> DraftPlan:
         return DraftPlan(1, 0, 1)
@@ -60,6 +67,9 @@ class Drafting:
     def mode(self) -> DecodingMode:
         return DecodingMode.TIDAR if self.num_branches else DecodingMode.LINEAR
 
+    def num_emitted(self, held: int) -> int:
+        return 1
+
     def plan(self, held: int, wanted: int) -> DraftPlan:
         num_drafts = min(held, wanted, self.block_length)
         allowed = self.num_branches if held > 1 else 1
@@ -78,6 +88,9 @@ class BlockDiffusion:
     mode: ClassVar[DecodingMode] = DecodingMode.DIFFUSION
     min_emitted: ClassVar[int] = 0
     block_length: int
+
+    def num_emitted(self, held: int) -> int:
+        return held
 
     def plan(self, held: int, wanted: int) -> DraftPlan:
         return DraftPlan(held, 1, self.block_length)
@@ -98,13 +111,19 @@ def default_mode(config: DecodeConfig, block_length: int | None) -> DecodingMode
     return DecodingMode.AR if block_length is None else DecodingMode.TIDAR
 
 
-def policies(config: DecodeConfig, block_length: int | None, has_anchor: bool = False) -> dict[DecodingMode, DraftPolicy]:
-    """The policy of every mode that the checkpoint supports; ``block_length`` None means that it was not trained to draft."""
+def policies(
+    config: DecodeConfig, block_length: int | None, max_rows: int, has_anchor: bool = False
+) -> dict[DecodingMode, DraftPolicy]:
+    """The policy of every mode that the checkpoint supports; ``block_length`` None means that it was not trained to draft.
+
+    A step of fewer than two blocks of rows may never have room for a whole one, without which diffusion makes no progress.
+    """
     available: dict[DecodingMode, DraftPolicy] = {DecodingMode.AR: Autoregressive()}
     if block_length is not None:
         branches = block_length if config.num_branches is None else config.num_branches
         available[DecodingMode.LINEAR] = Drafting(block_length, 0, has_anchor)
         available[DecodingMode.TIDAR] = Drafting(block_length, branches, has_anchor)
-        available[DecodingMode.DIFFUSION] = BlockDiffusion(block_length)
+        if max_rows >= 2 * block_length:
+            available[DecodingMode.DIFFUSION] = BlockDiffusion(block_length)
     available[DecodingMode.AUTO] = available[default_mode(config, block_length)]
     return available

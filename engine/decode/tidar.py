@@ -124,8 +124,8 @@ class TidarDecoder:
 
         The one block of a diffusion request stands behind its last draft, or behind the prefix when it holds none.
         """
-        if layout.max_branches == 0:
-            return slot_N.new_zeros((len(slot_N), 0))
+        if layout.max_branches == 0 or layout.max_drafts == 0:
+            return slot_N.new_full((len(slot_N), layout.max_branches), -1)
         useful_N = torch.minimum(num_drafts_N, self.batch.wanted_S[slot_N] - 2)
         probs_ND = self.survival.calibrate(self.batch.draft_probs_SK[slot_N, : layout.max_drafts])
         order = rank_branches(probs_ND, num_drafts_N, useful_N, layout.num_branches_N, layout.max_branches)

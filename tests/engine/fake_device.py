@@ -187,7 +187,7 @@ _INFO = EngineInfo("Fake", 0, 100, MAX_MODEL_LEN, (), 4, None, (), DecodingMode.
 def fake_engine(limits: FakeLimits) -> tuple[EngineCore, FakeDevice]:
     """The real loop and scheduler around a fake device."""
     kv = KVCacheManager(PagePool(limits.num_pages), limits.page_size, limits.share_prefixes)
-    table = policies(DecodeConfig(DecodingMode.TIDAR, None, limits.num_branches), limits.block_length)
+    table = policies(DecodeConfig(DecodingMode.TIDAR, None, limits.num_branches), limits.block_length, limits.budget)
     config = SchedulerConfig(limits.max_num_seqs, limits.budget, async_depth=limits.depth)
     scheduler = Scheduler(config, kv, table, (), MAX_MODEL_LEN)
     device = FakeDevice(scheduler, limits.depth, random.Random(limits.seed), limits.guess_rate)

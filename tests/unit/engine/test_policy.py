@@ -55,21 +55,21 @@ def test_a_plan_counts_its_rows() -> None:
 
 
 def test_every_mode_has_a_policy() -> None:
-    table = policies(DecodeConfig(DecodingMode.TIDAR, None, 2), K)
+    table = policies(DecodeConfig(DecodingMode.TIDAR, None, 2), K, 100)
     assert table[DecodingMode.AR] == Autoregressive()
     assert table[DecodingMode.LINEAR] == Drafting(K, 0)
     assert table[DecodingMode.TIDAR] == table[DecodingMode.AUTO] == Drafting(K, 2)
-    assert policies(DecodeConfig(DecodingMode.TIDAR, None, None), K)[DecodingMode.TIDAR] == Drafting(K, K)
+    assert policies(DecodeConfig(DecodingMode.TIDAR, None, None), K, 100)[DecodingMode.TIDAR] == Drafting(K, K)
 
 
 @pytest.mark.parametrize("mode", [DecodingMode.LINEAR, DecodingMode.AR])
 def test_auto_means_the_configured_mode(mode: DecodingMode) -> None:
-    table = policies(DecodeConfig(mode), K)
+    table = policies(DecodeConfig(mode), K, 100)
     assert table[DecodingMode.AUTO] == table[mode]
 
 
 def test_a_checkpoint_that_cannot_draft_decodes_plainly() -> None:
-    table = policies(DecodeConfig(DecodingMode.AUTO), None)
+    table = policies(DecodeConfig(DecodingMode.AUTO), None, 100)
     assert default_mode(DecodeConfig(DecodingMode.AUTO), None) is DecodingMode.AR
     assert default_mode(DecodeConfig(DecodingMode.AUTO), K) is DecodingMode.TIDAR
     assert set(table) == {DecodingMode.AR, DecodingMode.AUTO}

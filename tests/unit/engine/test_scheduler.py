@@ -17,7 +17,7 @@ K, EOS = 4, 50
 def make(num_pages: int = 50, page_size: int = 4, seqs: int = 4, budget: int = 100, branches: int = 1) -> Scheduler:
     kv = KVCacheManager(PagePool(num_pages), page_size)
     config = DecodeConfig(DecodingMode.TIDAR, None, branches)
-    return Scheduler(SchedulerConfig(seqs, budget), kv, policies(config, K), (EOS,), 60)
+    return Scheduler(SchedulerConfig(seqs, budget), kv, policies(config, K, budget), (EOS,), 60)
 
 
 def ask(
@@ -274,7 +274,7 @@ def test_a_request_that_can_never_run_is_answered_with_the_reason() -> None:
 
 def test_a_mode_that_the_checkpoint_lacks_is_refused() -> None:
     kv = KVCacheManager(PagePool(10), 4)
-    scheduler = Scheduler(SchedulerConfig(), kv, policies(DecodeConfig(DecodingMode.AR), None), (), 60)
+    scheduler = Scheduler(SchedulerConfig(), kv, policies(DecodeConfig(DecodingMode.AR), None, 1024), (), 60)
     scheduler.add(ask("a", 3))
     assert scheduler.take_rejected()[0].error == "this checkpoint cannot decode in mode 'tidar'"
 
