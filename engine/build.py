@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from engine.config import DecodeConfig, EngineConfig, ModelConfig
+from engine.config import DecodeConfig, DraftAnchor, EngineConfig, ModelConfig
 from engine.core import EngineCore
 from engine.decode.policy import default_mode, policies
 from engine.decode.tidar import DecoderSettings, TidarDecoder
@@ -81,7 +81,8 @@ def assemble(
     settings = DecoderSettings(decode.trust_ar, decode.draft_temperature, decode.diffusion_threshold)
     decoder = TidarDecoder(batch, page_size, tidar.mask_token_id if tidar else None, settings)
     kv = KVCacheManager(PagePool(num_pages), page_size, config.cache.enable_prefix_caching)
-    table = policies(decode, block_length, limits.max_num_batched_tokens)
+    has_anchor = tidar is not None and tidar.anchor is DraftAnchor.COPY
+    table = policies(decode, block_length, limits.max_num_batched_tokens, has_anchor)
     scheduler = Scheduler(limits, kv, table, model_config.eos_token_ids, max_model_len)
     info = EngineInfo(
         architecture=model_config.architecture,

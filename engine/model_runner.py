@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from engine.decode.tidar import StepInputs
+from engine.decode.inputs import StepInputs
 from engine.kv_cache import KVCache
 from engine.models.transformer import Transformer
 from kernels.backend import Kernels
@@ -39,7 +39,7 @@ class ModelRunner:
         """One forward pass; logits [Q, V] of the rows that need them, None if no row does."""
         attention = PagedAttention(inputs, self.cache, self.kernels, self.group_size, self.scale)
         rows = inputs.layout.logit_rows
-        hidden = self.model(inputs.token_ids_R, inputs.positions_R, attention)
+        hidden = self.model(inputs.token_ids_R, inputs.positions_R, attention, inputs.draft_rows)
         if rows is None:
             return self.model.logits(hidden)
         return self.model.logits(hidden[rows]) if len(rows) else None

@@ -13,9 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from engine.decode.inputs import StepInputs
 from engine.decode.layout import StepLayout
-from engine.decode.sampling import GrammarRows
+from engine.decode.sampling import DrawDrafts, GrammarRows
 from engine.grammar import GrammarError, Matcher, empty_mask
+from engine.input_batch import InputBatch
 from engine.step import Admission, StepPlan
 
 
@@ -84,6 +86,52 @@ class GrammarTable:
             state.matcher.fill_mask(state.masks[0])
         except GrammarError as error:
             state.error = str(error)
+
+    def follow(
+        self,
+        batch: InputBatch,
+        plan: StepPlan,
+        inputs: StepInputs,
+        logits_QV: Tensor,
+        constrained: Sequence[int],
+        counts_N2: Tensor,
+        sampled_ND: Tensor,
+        draw: DrawDrafts,
+    ) -> None:
+        """Take what the constrained requests emitted and now hold through their grammars. Reads from the device.
+
+        ``counts_N2``: how many tokens each request of the step emitted, and how many drafts it holds.
+        """
+        layout = inputs.layout
+        chosen_C = torch.tensor(constrained, device=batch.device)
+        slot_C = inputs.slot_N[chosen_C]
+        width = layout.max_drafts
+        read = torch.cat((counts_N2[chosen_C], sampled_ND[chosen_C], batch.drafts_SK[slot_C]), dim=1).tolist()
+        walks = []
+        for i, row in zip(constrained, read, strict=True):
+            slot, num_emitted, num_held = plan.requests[i].slot, row[0], row[1]
+            self.advance(slot, row[2 : 2 + num_emitted])
+            walks.append(DraftWalk(slot, row[2 + width : 2 + width + num_held]))
+        computed_C = batch.num_computed_S[slot_C]
+        accepted_C = (computed_C - inputs.attention.prefix_lengths[chosen_C] - layout.num_prefill_N[chosen_C]) - 1
+
+        def resample(numbers: Sequence[int], draft: int, masks: Tensor) -> list[int]:
+            walk = torch.tensor(numbers, device=batch.device)
+            request, slot = chosen_C[walk], slot_C[walk]
+            rank = (inputs.order_NB[request] == accepted_C[walk, None]).int().argmax(dim=1)
+            tokens, probs = draw(
+                inputs.needs,
+                logits_QV[layout.masks_NBK[request, rank, draft]],
+                slot,
+                torch.full_like(slot, draft),
+                computed_C[walk] + draft,
+                GrammarRows(torch.arange(len(walk), device=batch.device), masks.to(batch.device)),
+            )
+            batch.drafts_SK[slot, draft], batch.draft_probs_SK[slot, draft] = tokens, probs
+            drawn: list[int] = tokens.tolist()
+            return drawn
+
+        self.walk(walks, resample)
 
     def walk(self, walks: Sequence[DraftWalk], resample: Resample) -> None:
         """Take fresh drafts through their grammars, all requests in step, and draw again each one that is forbidden.

@@ -8,7 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from engine.decode.inputs import StepInputs
+from engine.input_batch import InputBatch
 from engine.messages import TokenLogprobs
+from engine.step import StepPlan
 
 ROWS_AT_ONCE = 256
 """Bounds the memory of a long prompt over a large vocabulary."""
@@ -47,3 +50,25 @@ def _raw_logprobs(logits_QV: Tensor, token_Q: Tensor, num_top: int) -> tuple[Ten
     rank = (values > logprob).sum(dim=1) + 1
     top, tokens = values.topk(min(num_top, values.shape[1]), dim=1)
     return logprob.squeeze(1), rank, tokens, top
+
+
+def verified_logprobs(
+    batch: InputBatch, plan: StepPlan, inputs: StepInputs, logits_QV: Tensor, sampled_ND: Tensor
+) -> Logprobs | None:
+    """Of every verifying row of the requests that want them, request by request."""
+    starts, asked = inputs.layout.verify_starts, [batch.params[r.slot].logprobs for r in plan.requests]
+    rows = [row for i, n in enumerate(asked) if n is not None for row in range(starts[i], starts[i + 1])]
+    if not rows:
+        return None
+    rows_Q = torch.tensor(rows, device=batch.device)
+    tokens_Q = sampled_ND[inputs.layout.verify_request_D[rows_Q], inputs.layout.verify_index_D[rows_Q]]
+    return raw_logprobs(logits_QV[rows_Q], tokens_Q, max(n for n in asked if n is not None))
+
+
+def prompt_logprobs(batch: InputBatch, plan: StepPlan, inputs: StepInputs, logits_QV: Tensor) -> Logprobs | None:
+    """Of the prompt tokens that follow this step's prefill rows, for the requests that want them."""
+    targets = [token for r in plan.requests for token in r.prompt_targets]
+    if not targets:
+        return None
+    most = max(batch.params[r.slot].prompt_logprobs or 0 for r in plan.requests)
+    return raw_logprobs(logits_QV[inputs.layout.prompt_logits :], torch.tensor(targets, device=batch.device), most)

@@ -12,6 +12,7 @@ that a row may take for emitted, W entries of the longest list, M words of a gra
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -64,6 +65,20 @@ class RowSampling:
     banned: tuple[Tensor, Tensor] | None = None
     bias: tuple[Tensor, Tensor] | None = None
     penalties: Penalties | None = None
+
+
+class DrawDrafts(Protocol):
+    """Draws drafts from logits [Q, V]: their tokens and probabilities, [Q] each. ``number`` 1 is the first guess of a block."""
+
+    def __call__(
+        self,
+        needs: SamplingNeeds,
+        logits_QV: Tensor,
+        slot_Q: Tensor,
+        number_Q: Tensor,
+        position_Q: Tensor,
+        grammar: GrammarRows | None = None,
+    ) -> tuple[Tensor, Tensor]: ...
 
 
 def row_sampling(

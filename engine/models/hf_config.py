@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from engine.config import ModelConfig, RopeConfig, RopeKind, TidarConfig
+from engine.config import DraftAnchor, LoraConfig, ModelConfig, RopeConfig, RopeKind, TensorNames, TidarConfig
 from engine.messages import SamplingDefaults
-from engine.models.loader import ModelLoadError, read_json
+from engine.models.loader import ADAPTER_CONFIG, DRAFT_LORA_FOLDER, ModelLoadError, read_json
 from engine.sampling_params import SamplingParams
 
 
@@ -31,15 +31,26 @@ class _Architecture:
     """What distinguishes an architecture from the others, as switches of the one model definition.
 
     ``attention_bias`` and ``mlp_bias``: the config key of that name is honoured. The first puts biases on q, k, v and the
-    output projection. ``defaults``: what Transformers assumes for keys that a file leaves out, where not the same for all.
+    output projection. ``query_scale``: queries may be scaled by position. ``block_diffusion``: it drafts, and says how in keys
+    of its own instead of a ``tidar`` section. ``defaults``: what Transformers assumes for keys that a file leaves out, where
+    not the same for all; ``rope``: the same for a file without RoPE. ``required``: keys for which nothing is assumed.
+
+    ``text``: the model is one part of several, described by ``text_config``, and is the architecture that stands here for
+    the ``model_type`` there. ``names`` are then those of the whole.
     """
 
     qkv_bias: bool = False
     qk_norm: bool = False
     attention_bias: bool = False
     mlp_bias: bool = False
+    query_scale: bool = False
+    block_diffusion: bool = False
     window: _Window = _Window.NEVER
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    rope: Mapping[str, Any] = field(default_factory=dict)
+    required: tuple[str, ...] = ()
+    text: Mapping[str, str] = field(default_factory=dict)
+    names: TensorNames = field(default_factory=TensorNames)
 
 
 _ARCHITECTURES: Mapping[str, _Architecture] = {
@@ -51,6 +62,34 @@ _ARCHITECTURES: Mapping[str, _Architecture] = {
     "MistralForCausalLM": _Architecture(
         window=_Window.SLIDING_WINDOW,
         defaults={"eos_token_id": 2, "num_key_value_heads": 8, "sliding_window": 4096},
+    ),
+    "Ministral3ForCausalLM": _Architecture(
+        query_scale=True,
+        window=_Window.SLIDING_WINDOW,
+        defaults={"eos_token_id": 2, "num_key_value_heads": 8, "head_dim": 128, "rms_norm_eps": 1e-5},
+        rope={
+            "rope_type": "yarn",
+            "rope_theta": 1e6,
+            "factor": 16.0,
+            "original_max_position_embeddings": 16384,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "llama_4_scaling_beta": 0.1,
+        },
+    ),
+    "Mistral3ForConditionalGeneration": _Architecture(
+        text={"mistral": "MistralForCausalLM", "ministral3": "Ministral3ForCausalLM"},
+        names=TensorNames(
+            "language_model.model.", "language_model.lm_head.weight", ignored=("vision_tower.", "multi_modal_projector.")
+        ),
+    ),
+    "NemotronLabsDiffusionModel": _Architecture(
+        query_scale=True,
+        block_diffusion=True,
+        window=_Window.SLIDING_WINDOW,
+        defaults={"eos_token_id": 11, "rms_norm_eps": 1e-5},
+        required=("rope_parameters",),
+        names=TensorNames("encoder.", "diffusion_head.weight"),
     ),
     "Qwen2ForCausalLM": _Architecture(
         qkv_bias=True,
@@ -130,8 +169,10 @@ def read_model_config(folder: Path) -> ModelConfig:
     file = folder / "config.json"
     raw = read_json(file)
     name, architecture = _architecture(raw, str(file))
+    if architecture.text:
+        raw, architecture = _text_part(raw, architecture, str(file))
     config = _Section({**architecture.defaults, **raw}, str(file))
-    _refuse_unsupported(config)
+    _refuse_unsupported(config, architecture)
     num_heads, hidden_size = config.integer("num_attention_heads"), config.integer("hidden_size")
     attention_bias = architecture.attention_bias and config.flag("attention_bias")
     generation = _generation_config(folder)
@@ -146,15 +187,16 @@ def read_model_config(folder: Path) -> ModelConfig:
         intermediate_size=config.integer("intermediate_size"),
         max_position=config.integer("max_position_embeddings"),
         rms_norm_eps=config.positive("rms_norm_eps", 1e-6),
-        rope=_rope(config),
+        rope=_rope(config, architecture),
         qkv_bias=architecture.qkv_bias or attention_bias,
         output_bias=attention_bias,
         mlp_bias=architecture.mlp_bias and config.flag("mlp_bias"),
         qk_norm=architecture.qk_norm,
         tie_word_embeddings=config.flag("tie_word_embeddings"),
         sliding_window=_sliding_window(architecture.window, config),
-        tidar=_tidar(config),
+        tidar=_block_diffusion(config, folder) if architecture.block_diffusion else _tidar(config),
         eos_token_ids=generation.token_ids("eos_token_id") or config.token_ids("eos_token_id"),
+        tensor_names=architecture.names,
     )
     _check_heads(model, config)
     return model
@@ -194,7 +236,21 @@ def _architecture(raw: Mapping[str, Any], source: str) -> tuple[str, _Architectu
     raise ModelLoadError(f"{source}: {found}; supported: {', '.join(_ARCHITECTURES)}")
 
 
-def _refuse_unsupported(config: _Section) -> None:
+def _text_part(raw: Mapping[str, Any], whole: _Architecture, source: str) -> tuple[dict[str, Any], _Architecture]:
+    """The keys and the architecture of the language model in a model that has other parts. Its own keys go first."""
+    text = raw.get("text_config")
+    text = text if isinstance(text, dict) else {}
+    kind = str(text.get("model_type"))
+    if kind not in whole.text:
+        supported = ", ".join(whole.text)
+        raise ModelLoadError(f"{source}: a text_config of model_type {kind!r} is not supported; supported: {supported}")
+    return {**raw, **text}, replace(_ARCHITECTURES[whole.text[kind]], names=whole.names)
+
+
+def _refuse_unsupported(config: _Section, architecture: _Architecture) -> None:
+    for key in architecture.required:
+        if config.values.get(key) is None:
+            raise config.missing(key)
     activation = config.values.get("hidden_act", "silu")
     if activation not in ("silu", "swish"):
         raise ModelLoadError(f"{config.source}: hidden_act {activation!r} is not supported, only silu: use another model")
@@ -239,16 +295,45 @@ def _tidar(config: _Section) -> TidarConfig | None:
     section = _Section(values, f"{config.source}, tidar")
     if values.get("prediction") != "same_position":
         raise section.error("prediction", "'same_position'")
-    mask_token_id, vocab_size = section.integer("mask_token_id", minimum=0), config.integer("vocab_size")
+    return TidarConfig(section.integer("block_length"), _mask_token_id(section, config))
+
+
+def _block_diffusion(config: _Section, folder: Path) -> TidarConfig | None:
+    """How a Nemotron-Labs-Diffusion checkpoint drafts.
+
+    A block of its drafter is the certain token and ``block_size - 1`` masks, all of which see each other, so there is a copy
+    of the anchor. ``dlm_paradigm`` names the attention of a training run; only an autoregressive one has not learnt to draft.
+    """
+    if config.values.get("dlm_paradigm") == "autoregressive":
+        return None
+    masks = config.integer("block_size", 32, minimum=2) - 1
+    return TidarConfig(masks, _mask_token_id(config, config, 100), DraftAnchor.COPY, _draft_lora(folder / DRAFT_LORA_FOLDER))
+
+
+def _mask_token_id(section: _Section, config: _Section, default: int | None = None) -> int:
+    mask_token_id, vocab_size = section.integer("mask_token_id", default, minimum=0), config.integer("vocab_size")
     if mask_token_id >= vocab_size:
         raise section.error("mask_token_id", f"below vocab_size, {vocab_size}")
-    return TidarConfig(section.integer("block_length"), mask_token_id)
+    return mask_token_id
 
 
-def _rope(config: _Section) -> RopeConfig:
+def _draft_lora(folder: Path) -> LoraConfig | None:
+    """The size of the adapter in a folder; None when there is no folder. The loader checks what it is an adapter of."""
+    if not folder.is_dir():
+        return None
+    file = folder / ADAPTER_CONFIG
+    adapter = _Section(read_json(file), str(file))
+    for key in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern"):
+        if adapter.values.get(key):
+            raise adapter.error(key, "absent (only a plain LoRA is supported)")
+    rank = adapter.integer("r")
+    return LoraConfig(rank, adapter.positive("lora_alpha") / rank)
+
+
+def _rope(config: _Section, architecture: _Architecture) -> RopeConfig:
     """The rotary embedding, from ``rope_theta`` and ``rope_scaling`` or from the ``rope_parameters`` that replaced them."""
-    values = config.values.get("rope_scaling") or config.values.get("rope_parameters") or {}
-    if not isinstance(values, dict) or any(isinstance(value, dict) for value in values.values()):
+    values = config.values.get("rope_scaling") or config.values.get("rope_parameters") or architecture.rope
+    if not isinstance(values, Mapping) or any(isinstance(value, dict) for value in values.values()):
         raise config.error("rope_parameters", "one object for all layers")
     partial = {"partial_rotary_factor": config.values.get("partial_rotary_factor")}
     rope = _Section({"rope_theta": config.values.get("rope_theta"), **partial, **values}, f"{config.source}, RoPE")
@@ -258,12 +343,16 @@ def _rope(config: _Section) -> RopeConfig:
         raise ModelLoadError(f"{rope.source}: the type {name!r} is not supported; supported: {supported}")
     if rope.number("partial_rotary_factor", 1.0) != 1.0:
         raise rope.error("partial_rotary_factor", "1 (a head that is rotated in part is not supported)")
-    if rope.values.get("llama_4_scaling_beta") is not None:
-        raise rope.error("llama_4_scaling_beta", "absent (scaled queries are not supported)")
+    if rope.values.get("llama_4_scaling_beta") is not None and not architecture.query_scale:
+        raise rope.error("llama_4_scaling_beta", "absent (this architecture does not scale its queries)")
     theta = rope.number("rope_theta", 10_000.0)
     if theta <= 1:
         raise rope.error("rope_theta", "above 1")
-    return _scaled_rope(RopeKind(name), theta, rope, config)
+    scaled, beta = _scaled_rope(RopeKind(name), theta, rope, config), rope.number("llama_4_scaling_beta", 0.0)
+    if beta == 0.0:
+        return scaled
+    original = scaled.original_max_position or rope.integer("original_max_position_embeddings")
+    return replace(scaled, original_max_position=original, query_scale_beta=beta)
 
 
 def _scaled_rope(kind: RopeKind, theta: float, rope: _Section, config: _Section) -> RopeConfig:

@@ -1,7 +1,8 @@
 """Finds a checkpoint and streams its tensors into the model, each straight to its place.
 
 A checkpoint is a Hugging Face folder: ``config.json`` and ``model.safetensors``, or shards named by
-``model.safetensors.index.json``. Everything that can be wrong with one ends as a ModelLoadError of one line.
+``model.safetensors.index.json``. A draft LoRA lies in a folder of its own beside them. Everything that can be wrong with one
+ends as a ModelLoadError of one line.
 """
 
 from __future__ import annotations
@@ -29,13 +30,19 @@ DTYPES = {
 }
 """The element types that a model can run in, by the names that configurations use."""
 
+DRAFT_LORA_FOLDER = "linear_spec_lora"
+"""Where a checkpoint keeps the LoRA of its drafter, if it has one."""
+
+ADAPTER_CONFIG = "adapter_config.json"
+
 _SINGLE_FILE, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_HEAD = "lm_head.weight"
+_ADAPTER_FILE = "adapter_model.safetensors"
 _DERIVED = "rotary_emb.inv_freq"
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 _DOWNLOADED = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")
-# Folders hold other formats (`original/`), and `consolidated` is a second copy of the weights under the maker's own names.
-_NOT_DOWNLOADED = ("*/*", "consolidated*")
+# `consolidated` is a second copy of the weights under the maker's own names, and folders hold other formats (`original/`),
+# but for the one with the LoRA. A pattern cannot negate a word, so there is one for each letter where a name may leave it.
+_NOT_DOWNLOADED = ("consolidated*", *(f"{DRAFT_LORA_FOLDER[:i]}[!{x}]*/*" for i, x in enumerate(DRAFT_LORA_FOLDER + "/")))
 _NAMES_IN_ERROR = 3
 
 
@@ -101,15 +108,16 @@ def load_model(
     host never holds a second copy of the model. The rotary tables are left to ``Transformer.build_rope``: their length is
     the caller's. Raises ModelLoadError.
     """
-    files = _weight_files(folder)
-    stored = {name: tensor for file in files for name, tensor in _read_header(file).items()}
+    files, adapter_files = _weight_files(folder), _adapter_files(folder, config)
+    stored, head = _read_headers(files), config.tensor_names.head
     with torch.device("meta"):
         model = Transformer(config, kernels).to(dtype).requires_grad_(False).eval()
-    _check(stored, named_tensors(model), config, folder)
+    _check(stored, named_tensors(model), config, folder / "config.json")
+    _check(_read_headers(adapter_files), adapter_tensors(model), config, folder / DRAFT_LORA_FOLDER / ADAPTER_CONFIG)
     _allocate(model, device)
-    _fill(files, named_tensors(model), progress)
-    if config.tie_word_embeddings and _HEAD in stored:
-        _check_tied_head(stored[_HEAD].file, model.embedding)
+    _fill([*files, *adapter_files], named_tensors(model) | adapter_tensors(model), progress)
+    if config.tie_word_embeddings and head in stored:
+        _check_tied_head(stored[head].file, head, model.embedding)
     return model
 
 
@@ -127,13 +135,25 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def named_tensors(model: Transformer) -> dict[str, Tensor]:
-    """Every tensor of a checkpoint by Hugging Face's name: the model's parameters, or views of those that are merged there."""
-    places: dict[str, Tensor] = {"model.embed_tokens.weight": model.embedding, "model.norm.weight": model.norm}
+    """Every tensor of a checkpoint by its name there: the model's parameters, or views of those that are merged here."""
+    names = model.config.tensor_names
+    places: dict[str, Tensor] = {f"{names.body}embed_tokens.weight": model.embedding, f"{names.body}norm.weight": model.norm}
     if model.lm_head is not None:
-        places[_HEAD] = model.lm_head
+        places[names.head] = model.lm_head
     for index, layer in enumerate(model.layers):
         assert isinstance(layer, DecoderLayer)
-        places |= {f"model.layers.{index}.{name}": place for name, place in _layer_tensors(layer).items()}
+        places |= {f"{names.body}layers.{index}.{name}": place for name, place in _layer_tensors(layer).items()}
+    return places
+
+
+def adapter_tensors(model: Transformer) -> dict[str, Tensor]:
+    """Every tensor of the draft LoRA by its name in the adapter's file; empty when the model has none."""
+    places: dict[str, Tensor] = {}
+    for index, layer in enumerate(model.layers):
+        assert isinstance(layer, DecoderLayer)
+        prefix = f"base_model.model.{model.config.tensor_names.body}layers.{index}.self_attn.o_proj.lora_"
+        if layer.output_lora_a is not None and layer.output_lora_b is not None:
+            places |= {f"{prefix}A.weight": layer.output_lora_a, f"{prefix}B.weight": layer.output_lora_b}
     return places
 
 
@@ -185,6 +205,16 @@ def _weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
+def _adapter_files(folder: Path, config: ModelConfig) -> list[Path]:
+    """The file of the draft LoRA, or none for a model that has no such."""
+    if config.tidar is None or config.tidar.draft_lora is None:
+        return []
+    file = folder / DRAFT_LORA_FOLDER / _ADAPTER_FILE
+    if not file.exists():
+        raise ModelLoadError(f"{file.parent} has no {file.name}: download it again, or remove the folder to draft without it")
+    return [file]
+
+
 @contextmanager
 def _opened(file: Path) -> Iterator[Any]:
     try:
@@ -194,6 +224,11 @@ def _opened(file: Path) -> Iterator[Any]:
         raise ModelLoadError(
             f"{file} is truncated or not a safetensors file ({_one_line(error)}): copy or download it again"
         ) from error
+
+
+def _read_headers(files: list[Path]) -> dict[str, _StoredTensor]:
+    """What the files hold together."""
+    return {name: tensor for file in files for name, tensor in _read_header(file).items()}
 
 
 def _read_header(file: Path) -> dict[str, _StoredTensor]:
@@ -224,24 +259,31 @@ def _layer_tensors(layer: DecoderLayer) -> dict[str, Tensor]:
     return {name: place for name, place in places.items() if place is not None}
 
 
-def _check(stored: dict[str, _StoredTensor], places: dict[str, Tensor], config: ModelConfig, folder: Path) -> None:
-    """Raise one ModelLoadError that names what is missing, surplus, of another shape or of a type that is not a float."""
+def _check(stored: dict[str, _StoredTensor], places: dict[str, Tensor], config: ModelConfig, source: Path) -> None:
+    """Raise one ModelLoadError that names what is missing, surplus, of another shape or of a type that is not a float.
+
+    ``source`` is the JSON file that the expected shapes come from; the tensors lie beside it.
+    """
+    names = config.tensor_names
     # A tied checkpoint may store its head once more; `_check_tied_head` looks at it.
-    ignored = {_HEAD} if config.tie_word_embeddings else set()
+    expected = places.keys() | ({names.head} if config.tie_word_embeddings else set())
     both = [name for name in places if name in stored]
     shapes = [(name, list(stored[name].shape), list(places[name].shape)) for name in both]
     problems = {
         "missing": [name for name in places if name not in stored],
-        f"unknown to {config.architecture}": [name for name in stored if name not in places and name not in ignored],
+        f"unknown to {config.architecture}": [
+            name for name in stored if name not in expected and not name.startswith(names.ignored)
+        ],
         "of another shape": [
-            f"{name} is {found}, config.json says {wanted}" for name, found, wanted in shapes if found != wanted
+            f"{name} is {found}, {source.name} says {wanted}" for name, found, wanted in shapes if found != wanted
         ],
         "of an unsupported type": [f"{n} is {stored[n].dtype}" for n in both if stored[n].dtype not in _FLOATS],
     }
-    found = [f"{len(names)} {problem} ({_some(names)})" for problem, names in problems.items() if names]
+    found = [f"{len(tensors)} {problem} ({_some(tensors)})" for problem, tensors in problems.items() if tensors]
     if found:
         raise ModelLoadError(
-            f"the tensors in {folder} do not fit its config.json: {'; '.join(found)}. Check that both belong to one model"
+            f"the tensors in {source.parent} do not fit its {source.name}: {'; '.join(found)}. "
+            "Check that both belong to one model"
         )
 
 
@@ -269,13 +311,13 @@ def _fill(files: list[Path], places: dict[str, Tensor], progress: Callable[[str]
                     places[name].copy_(tensors.get_tensor(name))
 
 
-def _check_tied_head(file: Path, embedding: Tensor) -> None:
+def _check_tied_head(file: Path, name: str, embedding: Tensor) -> None:
     """Raise ModelLoadError if the stored head is not the embedding: then the config's word against the weights' is unclear."""
     with _opened(file) as tensors:
-        head = tensors.get_tensor(_HEAD).to(embedding)
+        head = tensors.get_tensor(name).to(embedding)
     if not torch.equal(head, embedding):
         raise ModelLoadError(
-            f"{file.parent}/config.json ties the head to the embedding, but {_HEAD} in {file.name} differs from it: "
+            f"{file.parent}/config.json ties the head to the embedding, but {name} in {file.name} differs from it: "
             "set tie_word_embeddings to false, or remove that tensor"
         )
 

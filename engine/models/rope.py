@@ -39,6 +39,18 @@ def rope_tables(
     return full_cos.to(device=device, dtype=dtype), signed_sin.to(device=device, dtype=dtype)
 
 
+def query_scale_table(rope: RopeConfig, num_positions: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+    """Return the factor of rotated queries by position, [num_positions], or None where all of them are 1.
+
+    Source: the position-dependent temperature that Llama 4 published with its weights. It grows in steps of the original
+    context, so a shorter context does without the product.
+    """
+    if rope.query_scale_beta == 0 or num_positions <= rope.original_max_position:
+        return None
+    contexts = torch.arange(num_positions) // rope.original_max_position
+    return (1 + rope.query_scale_beta * torch.log1p(contexts.float())).to(device=device, dtype=dtype)
+
+
 def _llama3(base: Tensor, rope: RopeConfig) -> Tensor:
     wavelength = 2 * math.pi / base
     turns = rope.original_max_position / wavelength

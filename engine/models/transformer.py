@@ -6,14 +6,14 @@ E hidden size, V vocabulary. The model knows neither requests nor caches: attent
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from engine.config import ModelConfig
-from engine.models.rope import rope_tables
+from engine.models.rope import query_scale_table, rope_tables
 from kernels.backend import REFERENCE, Kernels
 
 
@@ -23,6 +23,16 @@ class Attention(Protocol):
     def __call__(self, layer: int, q_RHD: Tensor, k_RGD: Tensor, v_RGD: Tensor) -> Tensor:
         """Return the attention output, [R, H, D]."""
         ...
+
+
+class _Rows(NamedTuple):
+    """What every layer has to know of the rows, made once a forward."""
+
+    cos_RD: Tensor
+    sin_RD: Tensor
+    query_scale_R11: Tensor | None
+    draft_rows: Tensor | None
+    attention: Attention
 
 
 class DecoderLayer(nn.Module):
@@ -44,15 +54,17 @@ class DecoderLayer(nn.Module):
         self.register_buffer("head_kind", head_kind, persistent=False)
         self.output = nn.Parameter(torch.empty(c.hidden_size, c.num_heads * c.head_dim))
         self.output_bias = nn.Parameter(torch.zeros(c.hidden_size)) if c.output_bias else None
+        lora = c.tidar.draft_lora if c.tidar else None
+        self.lora_scale = lora.scale if lora else 0.0
+        self.output_lora_a = nn.Parameter(torch.empty(lora.rank, c.num_heads * c.head_dim)) if lora else None
+        self.output_lora_b = nn.Parameter(torch.empty(c.hidden_size, lora.rank)) if lora else None
         self.post_attention_norm = nn.Parameter(torch.ones(c.hidden_size))
         self.gate_up = nn.Parameter(torch.empty(2 * c.intermediate_size, c.hidden_size))
         self.gate_up_bias = nn.Parameter(torch.zeros(2 * c.intermediate_size)) if c.mlp_bias else None
         self.down = nn.Parameter(torch.empty(c.hidden_size, c.intermediate_size))
         self.down_bias = nn.Parameter(torch.zeros(c.hidden_size)) if c.mlp_bias else None
 
-    def forward(
-        self, x_RE: Tensor, residual_RE: Tensor | None, cos_RD: Tensor, sin_RD: Tensor, attention: Attention
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, x_RE: Tensor, residual_RE: Tensor | None, rows: _Rows) -> tuple[Tensor, Tensor]:
         """Return ``(output, residual)``; the caller adds them (fused with its own norm)."""
         ops = self.kernels
         if residual_RE is None:
@@ -60,20 +72,29 @@ class DecoderLayer(nn.Module):
             x_RE = ops.rms_norm(x_RE, self.input_norm, self.eps)
         else:
             x_RE, residual_RE = ops.add_rms_norm(x_RE, residual_RE, self.input_norm, self.eps)
-        x_RE = self._attend(x_RE, cos_RD, sin_RD, attention)
+        x_RE = self._attend(x_RE, rows)
         x_RE, residual_RE = ops.add_rms_norm(x_RE, residual_RE, self.post_attention_norm, self.eps)
         gate_up = ops.linear(x_RE, self.gate_up, self.gate_up_bias)
         return ops.linear(ops.swiglu(gate_up), self.down, self.down_bias), residual_RE
 
-    def _attend(self, x_RE: Tensor, cos_RD: Tensor, sin_RD: Tensor, attention: Attention) -> Tensor:
-        rows = x_RE.shape[0]
-        qkv = self.kernels.linear(x_RE, self.qkv, self.qkv_bias).view(rows, -1, self.head_dim)
+    def _attend(self, x_RE: Tensor, rows: _Rows) -> Tensor:
+        qkv = self.kernels.linear(x_RE, self.qkv, self.qkv_bias).view(len(x_RE), -1, self.head_dim)
         qk, v_RGD = qkv[:, : self.num_rotated], qkv[:, self.num_rotated :]
         if self.qk_norm is not None:
             qk = F.rms_norm(qk, (self.head_dim,), None, self.eps) * self.qk_norm[self.head_kind]
-        qk = self.kernels.rope(qk, cos_RD, sin_RD)
-        out_RHD = attention(self.index, qk[:, : self.num_heads], qk[:, self.num_heads :], v_RGD)
-        return self.kernels.linear(out_RHD.reshape(rows, -1), self.output, self.output_bias)
+        qk = self.kernels.rope(qk, rows.cos_RD, rows.sin_RD)
+        q_RHD, k_RGD = qk[:, : self.num_heads], qk[:, self.num_heads :]
+        if rows.query_scale_R11 is not None:
+            q_RHD = q_RHD * rows.query_scale_R11
+        return self._project(rows.attention(self.index, q_RHD, k_RGD, v_RGD).reshape(len(x_RE), -1), rows.draft_rows)
+
+    def _project(self, mixed: Tensor, draft_rows: Tensor | None) -> Tensor:
+        """Return the output projection [R, E] of ``mixed`` [R, H * D], with the low-rank update in the draft rows alone."""
+        out_RE = self.kernels.linear(mixed, self.output, self.output_bias)
+        if draft_rows is None or self.output_lora_a is None or self.output_lora_b is None:
+            return out_RE
+        update = self.kernels.linear(self.kernels.linear(mixed[draft_rows], self.output_lora_a, None), self.output_lora_b, None)
+        return out_RE.index_add_(0, draft_rows, update, alpha=self.lora_scale)
 
 
 class Transformer(nn.Module):
@@ -88,25 +109,37 @@ class Transformer(nn.Module):
         tied = config.tie_word_embeddings
         self.lm_head = None if tied else nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
         self.cos = self.sin = torch.empty(0)
+        self.query_scale: Tensor | None = None
 
     def build_rope(self, num_positions: int) -> None:
-        """Make the rotary tables for at least the positions ``0..num_positions-1``, on the weights' device.
+        """Make the tables by position for at least ``0..num_positions-1``, on the weights' device.
 
         Tables only grow: engines that share one model may serve contexts of different lengths.
         """
         if len(self.cos) >= num_positions:
             return
-        config = self.config
+        rope, device = self.config.rope, self.embedding.device
         dtype = torch.promote_types(self.embedding.dtype, torch.float32)
-        self.cos, self.sin = rope_tables(config.rope, config.head_dim, num_positions, dtype, self.embedding.device)
+        self.cos, self.sin = rope_tables(rope, self.config.head_dim, num_positions, dtype, device)
+        self.query_scale = query_scale_table(rope, num_positions, dtype, device)
 
-    def forward(self, token_ids_R: Tensor, positions_R: Tensor, attention: Attention) -> Tensor:
-        """Return the final hidden states [R, E] of rows with the given token ids and positions."""
+    def forward(
+        self, token_ids_R: Tensor, positions_R: Tensor, attention: Attention, draft_rows: Tensor | None = None
+    ) -> Tensor:
+        """Return the final hidden states [R, E] of rows with the given token ids and positions.
+
+        ``draft_rows``, different indices into the rows, are the masks and the copies of anchors: a draft LoRA is on for
+        them, and off for all others. None or empty: off, as it is without one.
+        """
         x = F.embedding(token_ids_R, self.embedding)
+        if draft_rows is not None and len(draft_rows) == 0:
+            draft_rows = None
+        scale = None if self.query_scale is None else self.query_scale[positions_R].to(x.dtype)[:, None, None]
         cos, sin = self.cos[positions_R].to(x.dtype), self.sin[positions_R].to(x.dtype)
+        rows = _Rows(cos, sin, scale, draft_rows, attention)
         residual: Tensor | None = None
         for layer in self.layers:
-            x, residual = layer(x, residual, cos, sin, attention)
+            x, residual = layer(x, residual, rows)
         assert residual is not None, "a transformer has at least one layer"
         return self.kernels.add_rms_norm(x, residual, self.norm, self.config.rms_norm_eps)[0]
 

@@ -13,15 +13,16 @@ import torch
 from torch import Tensor
 
 from engine.core import EngineCore
+from engine.decode.inputs import StepInputs
 from engine.decode.sampling import RowSampling, process_logits, sample
-from engine.decode.tidar import StepInputs
 from engine.input_batch import SamplingNeeds
 from engine.messages import GenerateRequest
 from engine.sampling_params import DecodingMode, SamplingParams
 from tests.engine.driver import drive
-from tests.engine.oracle import next_token_logits, processed
+from tests.engine.oracle import Context, next_token_logits, processed
 from tests.engine.tiny import BLOCK_LENGTH, MASK_TOKEN, MAX_MODEL_LEN, VOCAB_SIZE, tiny_engine, tiny_model
 
+CONTEXT = Context([], [], mask_token_id=MASK_TOKEN)
 SETTINGS = {
     "plain": SamplingParams(1),
     "cold": SamplingParams(1, temperature=0.5),
@@ -65,7 +66,7 @@ def assert_drawn_from(counts: Tensor, probs: Tensor) -> None:
 @pytest.mark.parametrize("params", SETTINGS.values(), ids=SETTINGS)
 def test_samples_follow_the_processed_softmax(params: SamplingParams, dtype: torch.dtype) -> None:
     logits = torch.randn(VOCAB_SIZE, generator=torch.Generator().manual_seed(3), dtype=torch.float64) * 1.5
-    probs = torch.tensor(processed(logits.tolist(), params, MASK_TOKEN)).double().softmax(dim=-1)
+    probs = torch.tensor(processed(logits.tolist(), params, CONTEXT)).double().softmax(dim=-1)
     seeds = torch.arange(40_000)
     rows = rows_of(params, seeds)
     scores = process_logits(logits.to(dtype).expand(len(seeds), -1), rows, MASK_TOKEN)
@@ -75,7 +76,7 @@ def test_samples_follow_the_processed_softmax(params: SamplingParams, dtype: tor
 
 def test_samples_of_one_seed_are_independent_over_positions() -> None:
     logits = torch.randn(VOCAB_SIZE, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
-    probs = torch.tensor(processed(logits.tolist(), SETTINGS["plain"], MASK_TOKEN)).double().softmax(dim=-1)
+    probs = torch.tensor(processed(logits.tolist(), SETTINGS["plain"], CONTEXT)).double().softmax(dim=-1)
     positions = torch.arange(40_000)
     rows = rows_of(SETTINGS["plain"], torch.full_like(positions, 123))
     tokens = sample(process_logits(logits.expand(len(positions), -1), rows, MASK_TOKEN), rows, positions)
@@ -93,7 +94,7 @@ def test_ar_in_the_engine_follows_the_processed_softmax(name: str) -> None:
     counts = torch.zeros(VOCAB_SIZE, dtype=torch.long)
     for request in requests:
         counts[transcript.tokens(request.request_id)[0]] += 1
-    probs = torch.tensor(processed(next_token_logits(model, list(prompt)), params, MASK_TOKEN)).double().softmax(dim=-1)
+    probs = torch.tensor(processed(next_token_logits(model, list(prompt)), params, CONTEXT)).double().softmax(dim=-1)
     assert_drawn_from(counts, probs)
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from engine.decode.inputs import StepInputs
 from engine.decode.layout import RequestShape, build_layout
-from engine.decode.tidar import StepInputs, TidarDecoder
+from engine.decode.tidar import TidarDecoder
 from engine.input_batch import InputBatch
 from engine.sampling_params import DecodingMode, SamplingParams
 from engine.step import NO_DRAFTS, Admission, DraftPlan, PageUpdate, ScheduledRequest, StepPlan

@@ -1,5 +1,6 @@
 """Tiny random checkpoints: one written by hand, any other by Transformers."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,36 @@ def transformers_model(architecture: str, folder: Path, max_shard_size: str = "1
     """Make a model of the architecture with no parameter at its initial value, save it into ``folder`` and return it."""
     values = {key: value for key, value in TINY.items() if key != "architectures"} | changes
     config_class = getattr(transformers, architecture.replace("ForCausalLM", "Config"))
-    model = getattr(transformers, architecture)(config_class(**values, pad_token_id=0)).eval()
+    return _randomised(getattr(transformers, architecture)(config_class(**values, pad_token_id=0)), folder, max_shard_size)
+
+
+def multimodal_model(architecture: str, folder: Path, max_shard_size: str = "1GB", **changes: Any) -> Any:
+    """The same with a language model of the architecture inside a Mistral 3 that has a small vision tower.
+
+    As in the files that Mistral published, only the language model's own configuration says whether its head is tied.
+    """
+    values = {key: value for key, value in TINY.items() if key != "architectures"} | changes
+    text = getattr(transformers, architecture.replace("ForCausalLM", "Config"))(**values, pad_token_id=0)
+    vision = transformers.PixtralVisionConfig(
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        head_dim=8,
+        image_size=28,
+        patch_size=14,
+    )
+    tied = text.tie_word_embeddings
+    config = transformers.Mistral3Config(text_config=text, vision_config=vision, tie_word_embeddings=tied)
+    model = _randomised(transformers.Mistral3ForConditionalGeneration(config), folder, max_shard_size)
+    written = json.loads((folder / "config.json").read_text())
+    del written["tie_word_embeddings"]
+    (folder / "config.json").write_text(json.dumps(written))
+    return model
+
+
+def _randomised(model: Any, folder: Path, max_shard_size: str) -> Any:
+    model.eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from engine.config import RopeConfig, RopeKind, TidarConfig
+from engine.config import RopeConfig, RopeKind, TensorNames, TidarConfig
 from engine.messages import SamplingDefaults
 from engine.models.hf_config import read_model_config, read_sampling_defaults
 from engine.models.loader import ModelLoadError
@@ -60,6 +60,7 @@ def test_keys_that_transformers_gives_another_default(write_config: WriteConfig)
         ("Qwen3ForCausalLM", {"qk_norm", "qkv_bias", "output_bias"}),
         ("LlamaForCausalLM", {"qkv_bias", "output_bias", "mlp_bias"}),
         ("MistralForCausalLM", set()),
+        ("Ministral3ForCausalLM", set()),
     ],
 )
 def test_only_an_architecture_s_own_switches_are_honoured(write_config: WriteConfig, architecture: str, switches: set[str]):
@@ -123,6 +124,52 @@ def test_yarn_factor_is_not_clamped_and_derived_when_absent(write_config: WriteC
     assert read_model_config(write_config(rope_scaling=YARN | {"factor": None})).rope.factor == 4.0
 
 
+def test_query_scale(write_config: WriteConfig):
+    scaled = YARN | {"llama_4_scaling_beta": 0.1}
+    rope = read_model_config(write_config(architectures=["Ministral3ForCausalLM"], rope_parameters=scaled)).rope
+    assert rope == RopeConfig(RopeKind.YARN, factor=4.0, original_max_position=16, query_scale_beta=0.1)
+    message = error_of(
+        read_model_config, write_config(architectures=["Ministral3ForCausalLM"], rope_scaling={"llama_4_scaling_beta": 0.1})
+    )
+    assert "RoPE lacks original_max_position_embeddings" in message
+
+
+TEXT = {"model_type": "ministral3", "vocab_size": 64, "hidden_size": 32, "rope_parameters": YARN}
+
+
+def test_a_multimodal_config_is_its_text_part(write_config: WriteConfig):
+    wrapper = {"architectures": ["Mistral3ForConditionalGeneration"], "tidar": TIDAR}
+    config = read_model_config(write_config(**wrapper, text_config=TEXT))
+    assert (config.architecture, config.vocab_size, config.hidden_size) == ("Mistral3ForConditionalGeneration", 64, 32)
+    assert (config.rope.kind, config.head_dim, config.tidar) == (RopeKind.YARN, 128, TidarConfig(8, 7))
+    assert config.tensor_names == TensorNames(
+        "language_model.model.", "language_model.lm_head.weight", ("vision_tower.", "multi_modal_projector.")
+    )
+
+
+@pytest.mark.parametrize(
+    ("inner", "outer", "tied"),
+    [(True, ..., True), (False, ..., False), (..., ..., False), (..., True, True), (True, False, True), (False, True, False)],
+)
+def test_whose_word_on_tied_embeddings_counts(write_config: WriteConfig, inner: Any, outer: Any, tied: bool):
+    text = TEXT if inner is ... else TEXT | {"tie_word_embeddings": inner}
+    folder = write_config(architectures=["Mistral3ForConditionalGeneration"], text_config=text, tie_word_embeddings=outer)
+    assert read_model_config(folder).tie_word_embeddings is tied
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"text_config": ...}, "a text_config of model_type 'None' is not supported; supported: mistral, ministral3"),
+        ({"text_config": TEXT | {"model_type": "mistral4"}}, "a text_config of model_type 'mistral4' is not supported"),
+        ({"text_config": TEXT, "quantization_config": {"quant_method": "fp8"}}, "quantised weights are not supported"),
+    ],
+)
+def test_a_multimodal_config_that_is_refused(write_config: WriteConfig, change: dict[str, Any], message: str):
+    keys = {"architectures": ["Mistral3ForConditionalGeneration"]} | change
+    assert message in error_of(read_model_config, write_config(**keys))
+
+
 def test_the_generation_config_s_eos_set_wins(write_config: WriteConfig):
     folder = write_config(eos_token_id=5)
     assert read_model_config(folder).eos_token_ids == (5,)
@@ -162,7 +209,10 @@ def test_a_bad_tidar_section(write_config: WriteConfig, change: dict[str, Any], 
             {"architectures": ["GPT2LMHeadModel"]},
             "the architecture GPT2LMHeadModel is not supported; supported: LlamaForCausalLM, ",
         ),
-        ({"architectures": ...}, "names no architecture; supported: LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, "),
+        (
+            {"architectures": ...},
+            "names no architecture; supported: LlamaForCausalLM, MistralForCausalLM, Ministral3ForCausalLM, ",
+        ),
         ({"architectures": "LlamaForCausalLM"}, "names no architecture; supported: "),
         ({"hidden_size": ...}, "config.json lacks hidden_size"),
         ({"vocab_size": "32"}, "vocab_size must be an integer of at least 1, got '32'"),

@@ -14,7 +14,7 @@ from engine.models import loader
 from engine.models.hf_config import read_model_config, read_sampling_defaults
 from engine.models.loader import ModelLoadError, load_model, resolve_dtype, resolve_model
 from engine.models.transformer import Transformer
-from tests.unit.engine.models.checkpoints import tiny_tensors
+from tests.unit.engine.models.checkpoints import multimodal_model, tiny_tensors
 from training.export import export
 
 CPU = torch.device("cpu")
@@ -119,6 +119,21 @@ def test_missing_surplus_and_wrong_tensors_are_one_error(checkpoint: Path):
     assert message.endswith("Check that both belong to one model")
 
 
+def test_a_multimodal_checkpoint_s_tensors_are_named_as_they_are_stored(tmp_path: Path):
+    multimodal_model("Ministral3ForCausalLM", tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    assert any(name.startswith("vision_tower.") for name in tensors)
+    assert any(name.startswith("multi_modal_projector.") for name in tensors)
+    tensors["audio_tower.weight"] = tensors.pop("language_model.lm_head.weight")
+    tensors["language_model.model.norm.weight"] = torch.zeros(8)
+    save_file(tensors, file)
+    message = error_of(lambda: load(tmp_path))
+    assert "1 missing (language_model.lm_head.weight)" in message
+    assert "1 unknown to Mistral3ForConditionalGeneration (audio_tower.weight)" in message
+    assert "1 of another shape (language_model.model.norm.weight is [8], config.json says [16])" in message
+
+
 def test_an_untied_head_must_be_there(checkpoint: Path):
     tensors = tiny_tensors()
     del tensors[HEAD]
@@ -201,11 +216,13 @@ def test_a_hub_id_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
     def snapshot_download(model: str, *, revision: str | None, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
         calls.append((model, revision))
-        files = ["config.json", "model.safetensors", "consolidated.safetensors", "original/x.json", "pytorch_model.bin"]
+        adapter = ["linear_spec_lora/adapter_config.json", "linear_spec_lora/adapter_model.safetensors"]
+        others = ["original/x.json", "linear_spec_lora2/x.json", "onnx/model/x.json", "lora/x.json"]
+        files = ["config.json", "model.safetensors", "consolidated.safetensors", "pytorch_model.bin", *adapter, *others]
         wanted = huggingface_hub.utils.filter_repo_objects(
             files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns
         )
-        assert list(wanted) == ["config.json", "model.safetensors"]
+        assert list(wanted) == ["config.json", "model.safetensors", *adapter]
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)

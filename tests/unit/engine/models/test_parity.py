@@ -1,17 +1,20 @@
 """A loaded model computes what Transformers computes from the same folder."""
 
+import copy
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 from torch.nn import functional as F
 
 from engine.models.hf_config import read_model_config
 from engine.models.loader import load_model
 from engine.models.transformer import Transformer
-from tests.unit.engine.models.checkpoints import transformers_model
+from tests.unit.engine.models.checkpoints import multimodal_model, transformers_model
 
 CPU = torch.device("cpu")
 LENGTH = 48
@@ -37,13 +40,24 @@ ROPE = {
     "yarn_factor_below_one": YARN | {"factor": 0.25},
     "yarn_without_factor": YARN | {"factor": None},
 }
+QUERY_SCALE = {
+    "published": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1},
+    "strong": YARN | {"llama_4_scaling_beta": 0.7},
+    "off": YARN | {"llama_4_scaling_beta": 0.0},
+    "without_yarn": {"rope_theta": 1e4, "original_max_position_embeddings": 8, "llama_4_scaling_beta": 0.3},
+}
 ARCHITECTURES = {
     "qwen2": ("Qwen2ForCausalLM", {}),
+    "qwen2_yarn": ("Qwen2ForCausalLM", {"rope_parameters": YARN}),
     "qwen3": ("Qwen3ForCausalLM", {"head_dim": 4}),
+    "qwen3_yarn": ("Qwen3ForCausalLM", {"head_dim": 16, "rope_parameters": YARN}),
     "qwen3_bias": ("Qwen3ForCausalLM", {"head_dim": 8, "attention_bias": True}),
     "llama": ("LlamaForCausalLM", {}),
+    "llama3": ("LlamaForCausalLM", {"rope_parameters": LLAMA3}),
     "llama_bias": ("LlamaForCausalLM", {"attention_bias": True, "mlp_bias": True}),
     "mistral": ("MistralForCausalLM", {"sliding_window": None}),
+    "mistral_yarn": ("MistralForCausalLM", {"sliding_window": None, "head_dim": 16, "rope_parameters": YARN}),
+    "ministral3": ("Ministral3ForCausalLM", {"head_dim": 16, "rope_parameters": QUERY_SCALE["published"]}),
     "mistral_wide_window": ("MistralForCausalLM", {"sliding_window": 4096}),
 }
 
@@ -74,7 +88,7 @@ def assert_same_logits(theirs: Any, folder: Path) -> Transformer:
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize(("architecture", "changes"), ARCHITECTURES.values(), ids=ARCHITECTURES)
 def test_architectures(architecture: str, changes: dict[str, Any], tied: bool, tmp_path: Path):
-    theirs = transformers_model(architecture, tmp_path, tie_word_embeddings=tied, **changes)
+    theirs = transformers_model(architecture, tmp_path, tie_word_embeddings=tied, **copy.deepcopy(changes))
     ours = assert_same_logits(theirs, tmp_path)
     assert (ours.lm_head is None) == tied
     assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in theirs.parameters())
@@ -83,6 +97,43 @@ def test_architectures(architecture: str, changes: dict[str, Any], tied: bool, t
 @pytest.mark.parametrize("rope", ROPE.values(), ids=ROPE)
 def test_rope_kinds(rope: dict[str, Any], tmp_path: Path):
     theirs = transformers_model("LlamaForCausalLM", tmp_path, head_dim=16, rope_parameters=dict(rope))
+    assert_same_logits(theirs, tmp_path)
+
+
+@pytest.mark.parametrize("rope", QUERY_SCALE.values(), ids=QUERY_SCALE)
+def test_scaled_queries(rope: dict[str, Any], tmp_path: Path):
+    theirs = transformers_model("Ministral3ForCausalLM", tmp_path, head_dim=16, rope_parameters=dict(rope))
+    ours = assert_same_logits(theirs, tmp_path)
+    assert (ours.query_scale is not None) == (rope["llama_4_scaling_beta"] != 0)
+
+
+def test_queries_are_scaled_from_the_original_context_on(tmp_path: Path):
+    """The published numbers. Up to there nothing is multiplied at all."""
+    transformers_model("Ministral3ForCausalLM", tmp_path, max_position_embeddings=262144)
+    ours = load_model(tmp_path, read_model_config(tmp_path), torch.float32, CPU)
+    ours.build_rope(16384)
+    assert ours.query_scale is None
+    ours.build_rope(16385)
+    assert ours.query_scale is not None
+    ours.build_rope(32769)
+    expected = torch.tensor([1.0, 1.0, 1.0693147, 1.0693147, 1.1098612])
+    torch.testing.assert_close(ours.query_scale[[0, 16383, 16384, 32767, 32768]], expected)
+
+
+def test_a_ministral_that_leaves_out_what_has_a_default(tmp_path: Path):
+    transformers_model("Ministral3ForCausalLM", tmp_path, head_dim=128, num_attention_heads=8, num_key_value_heads=8)
+    values = json.loads((tmp_path / "config.json").read_text())
+    for key in ("rope_parameters", "head_dim", "num_key_value_heads", "rms_norm_eps", "sliding_window", "eos_token_id"):
+        del values[key]
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert_same_logits(transformers.AutoModelForCausalLM.from_pretrained(tmp_path), tmp_path)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("name", ["mistral_yarn", "ministral3"])
+def test_the_language_model_of_a_multimodal_one(name: str, tied: bool, tmp_path: Path):
+    architecture, changes = ARCHITECTURES[name]
+    theirs = multimodal_model(architecture, tmp_path, "8KB", tie_word_embeddings=tied, **copy.deepcopy(changes))
     assert_same_logits(theirs, tmp_path)
 
 
