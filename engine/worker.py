@@ -11,7 +11,6 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from ctypes import c_double
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -99,12 +98,14 @@ class _GrammarQueue:
     def __init__(self, core: EngineCore, put: Callable[[_Compiled], None]) -> None:
         self._core, self._put = core, put
         self._waiting: set[str] = set()
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="engine-grammars")
+        self._requests: queue.SimpleQueue[GenerateRequest] = queue.SimpleQueue()
+        # A daemon: the process must not wait for a grammar when it ends.
+        threading.Thread(target=self._work, name="engine-grammars", daemon=True).start()
 
     def start(self, request: GenerateRequest) -> None:
         """Put a request aside until its grammar is compiled."""
         self._waiting.add(request.request_id)
-        self._pool.submit(self._compile, request)
+        self._requests.put(request)
 
     def abort(self, request_id: str) -> None:
         """Forget a request; unknown ids are ignored."""
@@ -121,13 +122,16 @@ class _GrammarQueue:
         else:
             self._core.add(request, compiled.grammar)
 
-    def _compile(self, request: GenerateRequest) -> None:
+    def _work(self) -> None:
+        while True:
+            self._put(self._compile(self._requests.get()))
+
+    def _compile(self, request: GenerateRequest) -> _Compiled:
         assert request.grammar is not None
         try:
-            compiled = _Compiled(request, self._core.compile(request.grammar))
+            return _Compiled(request, self._core.compile(request.grammar))
         except Exception as error:  # whatever it is, it must end this request and no other
-            compiled = _Compiled(request, problem=" ".join(str(error).split()) or type(error).__name__)
-        self._put(compiled)
+            return _Compiled(request, problem=" ".join(str(error).split()) or type(error).__name__)
 
 
 class CoreFactory(Protocol):

@@ -2,7 +2,8 @@
 
 Names steer it. Of the config's ``model``: how the start goes. Of a request's id: ``hold...`` is never finished, ``mute...``
 gets no output at all, ``watch...`` is told of the next abort, ``raise...`` and ``exit...`` end the process in a step, and
-``unreadable...`` is answered with bytes that the server cannot turn into a message.
+``unreadable...`` is answered with bytes that the server cannot turn into a message. Of a grammar's source: ``slow`` compiles
+only after a request whose id begins with ``release`` has come, ``wrong`` does not compile.
 """
 
 from __future__ import annotations
@@ -12,7 +13,16 @@ import threading
 from collections.abc import Callable
 
 from engine.config import EngineConfig
-from engine.messages import EngineInfo, EngineStats, FinishReason, GenerateRequest, RequestOutput, StepOutputs
+from engine.grammar import GrammarError
+from engine.messages import (
+    EngineInfo,
+    EngineStats,
+    FinishReason,
+    GenerateRequest,
+    GrammarSpec,
+    RequestOutput,
+    StepOutputs,
+)
 from engine.sampling_params import DecodingMode
 
 EXIT_CODE = 7
@@ -72,12 +82,26 @@ class FakeCore:
         self._num_emitted: dict[str, int] = {}
         self._extra: list[RequestOutput] = []
         self._num_steps = 0
+        self._released = threading.Event()
 
     @property
     def has_work(self) -> bool:
         return bool(self._extra) or any(self._rest(request) for request in self._requests.values())
 
-    def add(self, request: GenerateRequest, grammar: object = None) -> None:
+    def compile(self, spec: GrammarSpec) -> str:
+        if spec.source == "wrong":
+            raise GrammarError("no such\ngrammar")
+        if spec.source == "slow":
+            self._released.wait()
+        return f"compiled {spec.source}"
+
+    def reject(self, request_id: str, problem: str) -> None:
+        self._extra.append(RequestOutput(request_id, (), FinishReason.ERROR, error=problem))
+
+    def add(self, request: GenerateRequest, grammar: str | None = None) -> None:
+        assert grammar == (f"compiled {request.grammar.source}" if request.grammar else None)
+        if request.request_id.startswith("release"):
+            self._released.set()
         self._requests[request.request_id] = request
         self._num_emitted[request.request_id] = 0
 

@@ -18,7 +18,7 @@ import pytest
 
 from engine.config import EngineConfig, SchedulerConfig
 from engine.interface import Engine, EngineDeadError, QueueFullError
-from engine.messages import EngineStats, FinishReason, GenerateRequest, Progress, RequestOutput
+from engine.messages import EngineStats, FinishReason, GenerateRequest, GrammarSpec, Progress, RequestOutput
 from engine.process import AsyncEngine, OutputStream
 from engine.sampling_params import SamplingParams
 from engine.worker import run_engine
@@ -60,6 +60,58 @@ def salted(request_id: str, salt: object) -> GenerateRequest:
 
 async def tokens_of(stream: OutputStream) -> list[int]:
     return [token async for output in stream for token in output.token_ids]
+
+
+def constrained(request_id: str, source: str, *tokens: int) -> GenerateRequest:
+    return replace(ask(request_id, *tokens), grammar=GrammarSpec(source))
+
+
+def test_nobody_waits_for_a_grammar_to_compile_but_its_request() -> None:
+    async def scenario() -> None:
+        async with running() as engine:
+            slow = asyncio.create_task(tokens_of(engine.generate(constrained("slow", "slow", 1, 2))))
+            behind = asyncio.create_task(tokens_of(engine.generate(constrained("behind", "quick", 3))))
+            assert await tokens_of(engine.generate(ask("other", 4, 5))) == [4, 5]
+            assert not slow.done()
+            assert await tokens_of(engine.generate(ask("release", 6))) == [6]
+            assert (await slow, await behind) == ([1, 2], [3])
+
+    asyncio.run(scenario())
+
+
+def test_a_grammar_that_does_not_compile_fails_its_request_alone() -> None:
+    async def scenario() -> None:
+        async with running() as engine:
+            (output,) = [output async for output in engine.generate(constrained("bad", "wrong", 1))]
+            assert (output.finish_reason, output.error) == (FinishReason.ERROR, "no such grammar")
+            assert await tokens_of(engine.generate(constrained("good", "fine", 2))) == [2]
+
+    asyncio.run(scenario())
+
+
+def test_a_grammar_that_never_compiles_does_not_keep_the_process_alive() -> None:
+    async def scenario() -> None:
+        engine = make_engine()
+        async with guarded(engine):
+            await engine.start()
+            engine.generate(constrained("forever", "slow", 1))
+            await tokens_of(engine.generate(ask("other", 4)))
+            await engine.shutdown()
+            assert await engine.wait_closed() is None
+
+    asyncio.run(scenario())
+
+
+def test_a_request_that_is_aborted_while_its_grammar_compiles_never_runs() -> None:
+    async def scenario() -> None:
+        async with running() as engine:
+            gone = engine.generate(constrained("hold-gone", "slow", 1))
+            await gone.aclose()
+            await tokens_of(engine.generate(ask("release", 6)))
+            assert await tokens_of(engine.generate(constrained("after", "fine", 2))) == [2]
+            assert engine.stats().num_running == 0
+
+    asyncio.run(scenario())
 
 
 def test_start_reports_progress_and_the_model() -> None:
