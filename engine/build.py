@@ -9,7 +9,9 @@ import torch
 
 from engine.config import DecodeConfig, DraftAnchor, EngineConfig, ModelConfig
 from engine.core import EngineCore
-from engine.decode.policy import default_mode, policies
+from engine.decode.auto import GoodputPolicy
+from engine.decode.measure import measure_costs, step_timer
+from engine.decode.policy import Drafting, default_mode, policies
 from engine.decode.tidar import DecoderSettings, TidarDecoder
 from engine.grammar import GrammarCompiler, tokenizer_loader
 from engine.input_batch import InputBatch
@@ -24,6 +26,9 @@ from engine.page_pool import PagePool
 from engine.sampling_params import DecodingMode
 from engine.scheduler import Scheduler
 from kernels.backend import select_kernels
+
+MEASURED_CONTEXT = 1024
+"""Cached tokens at which the cost of attention is timed."""
 
 
 class ConfigError(Exception):
@@ -75,7 +80,7 @@ def assemble(
     num_pages = _num_pages(config, model_config, max_model_len, dtype, device)
     progress(f"allocating {num_pages} KV pages of {page_size} tokens")
     model.build_rope(num_positions)
-    cache = KVCache(model_config, num_pages, page_size, dtype, device)
+    runner = ModelRunner(model, KVCache(model_config, num_pages, page_size, dtype, device))
     batch = InputBatch(limits.max_num_seqs, block_length or 1, pages_per_sequence, model_config.vocab_size, device)
     decode = config.decode
     settings = DecoderSettings(decode.trust_ar, decode.draft_temperature, decode.diffusion_threshold)
@@ -83,6 +88,14 @@ def assemble(
     kv = KVCacheManager(PagePool(num_pages), page_size, config.cache.enable_prefix_caching)
     has_anchor = tidar is not None and tidar.anchor is DraftAnchor.COPY
     table = policies(decode, block_length, limits.max_num_batched_tokens, has_anchor)
+    configured = table[DecodingMode.AUTO]
+    # Below 1, trust_ar makes the output depend on the plan: then auto stays with one.
+    if decode.mode is DecodingMode.AUTO and isinstance(configured, Drafting) and decode.trust_ar == 1.0:
+        progress("timing draft plans")
+        timer, rows = step_timer(decoder, runner, configured.block_length), limits.max_num_batched_tokens
+        context = min(max_model_len - 1, MEASURED_CONTEXT)
+        costs = measure_costs(timer, configured.block_length, limits.max_num_seqs, rows, context, has_anchor)
+        table[DecodingMode.AUTO] = GoodputPolicy(configured, costs)
     scheduler = Scheduler(limits, kv, table, model_config.eos_token_ids, max_model_len)
     info = EngineInfo(
         architecture=model_config.architecture,
@@ -105,7 +118,7 @@ def assemble(
             "threads": str(torch.get_num_threads()),
         },
     )
-    return EngineCore(scheduler, decoder, ModelRunner(model, cache), grammars, info, limits.async_depth)
+    return EngineCore(scheduler, decoder, runner, grammars, info, limits.async_depth)
 
 
 def _device(name: str) -> torch.device:

@@ -133,7 +133,11 @@ class RequestOutput:
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """Gauges of the moment and counters since the engine started, read at scrape time."""
+    """Gauges of the moment and counters since the engine started, read at scrape time.
+
+    ``plan`` is the one that ``auto`` follows now, empty where ``auto`` means a fixed plan; ``plan_goodput`` are the tokens per
+    second that every plan was expected to give when it was chosen.
+    """
 
     num_running: int = 0
     num_waiting: int = 0
@@ -156,6 +160,8 @@ class EngineStats:
     forwards: int = 0
     step_seconds: float = 0.0
     host_seconds: float = 0.0
+    plan: str = ""
+    plan_goodput: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from engine.config import SchedulerConfig
+from engine.decode.auto import GoodputPolicy
 from engine.decode.policy import DraftPolicy
 from engine.grammar import CompiledGrammar
 from engine.kv_cache_manager import KVCacheManager, SequenceCache
@@ -75,6 +76,7 @@ class Scheduler:
         self.running: list[Request] = []
         self.requests: dict[str, Request] = {}
         self.counters = EngineCounters()
+        self._auto = next((p for p in policies.values() if isinstance(p, GoodputPolicy)), None)
         self._free_slots = list(reversed(range(config.max_num_seqs)))
         self._rejected: list[RequestOutput] = []
         self._step_id = 0
@@ -140,6 +142,8 @@ class Scheduler:
         """Plan the next step: running requests oldest first, then waiting ones while rows, slots and pages last."""
         builder = _PlanBuilder(self.config.max_num_batched_tokens)
         running = list(self.running)
+        if self._auto is not None and running:
+            self._auto.begin_step(len(running), sum(len(r.token_ids) for r in running) / len(running))
         # Drafts and branches of running requests neither take the row of another one nor keep a waiting one out of a free slot.
         kept_back = self.config.max_num_batched_tokens // 4 if self.waiting and self._free_slots else 0
         for place, request in enumerate(running):
@@ -307,6 +311,8 @@ class Scheduler:
         self.counters.count_share(share, judged, len(kept))
         if share.draft_plan.num_rows:
             request.speculation = _count(request.speculation, judged)
+        if request.policy is self._auto and self._auto is not None:
+            self._auto.observe(share.draft_plan, judged.num_drafts, judged.num_committed, judged.num_held > 1)
         if judged.error is not None:
             self._finish(request)
             return RequestOutput(request.request_id, (), FinishReason.ERROR, error=judged.error)
@@ -343,7 +349,8 @@ class Scheduler:
 
     def stats(self) -> EngineStats:
         """A frozen snapshot for the server."""
-        return self.counters.snapshot(len(self.running), len(self.waiting), self.kv.pool.usage)
+        plan, expected = ("", ()) if self._auto is None else (str(self._auto.shape), self._auto.expected_by_name)
+        return self.counters.snapshot(len(self.running), len(self.waiting), self.kv.pool.usage, plan, expected)
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless queues, slots and pages agree."""

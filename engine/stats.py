@@ -61,7 +61,14 @@ class EngineCounters:
             for position in range(accepted):
                 self.accepted_per_position[position] += 1
 
-    def snapshot(self, num_running: int, num_waiting: int, kv_cache_usage: float) -> EngineStats:
+    def snapshot(
+        self,
+        num_running: int,
+        num_waiting: int,
+        kv_cache_usage: float,
+        plan: str = "",
+        plan_goodput: tuple[tuple[str, float], ...] = (),
+    ) -> EngineStats:
         """Freeze the counters beside the gauges of the moment."""
         values = {name: getattr(self, name) for name in self.__slots__ if name != "accepted_per_position"}
         return EngineStats(
@@ -69,5 +76,7 @@ class EngineCounters:
             num_waiting=num_waiting,
             kv_cache_usage=kv_cache_usage,
             accepted_per_position=tuple(self.accepted_per_position),
+            plan=plan,
+            plan_goodput=plan_goodput,
             **values,
         )

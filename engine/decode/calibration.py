@@ -25,6 +25,11 @@ class SurvivalTable:
         self.tried = torch.zeros((2, NUM_BINS), device=device)
         self.accepted = torch.zeros((2, NUM_BINS), device=device)
 
+    def reset(self) -> None:
+        """Forget all outcomes."""
+        self.tried.zero_()
+        self.accepted.zero_()
+
     def calibrate(self, probs_ND: Tensor) -> Tensor:
         """The drafts' chances of acceptance, [N, D], given that all before them are accepted. Draft 0 is certain."""
         places_ND = _places(probs_ND)

@@ -78,7 +78,6 @@ class GrammarTable:
     def advance(self, slot: int, token_ids: Sequence[int]) -> None:
         """The slot's request emitted these tokens: what may follow the last of them is written into its first mask."""
         state = self._by_slot[slot]
-        state.masks.fill_(-1)
         if state.error is not None:
             return
         try:

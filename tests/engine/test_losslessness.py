@@ -14,6 +14,10 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 
+from engine.core import EngineCore
+from engine.decode.auto import GoodputPolicy
+from engine.decode.goodput import CostTable
+from engine.decode.policy import Drafting
 from engine.messages import EngineStats, FinishReason, GenerateRequest, GrammarSpec, Thinking, TokenLogprobs
 from engine.sampling_params import DecodingMode, SamplingParams
 from tests.engine.driver import Transcript, drive
@@ -42,6 +46,7 @@ PLANS: dict[str, tuple[DecodingMode | None, int | None]] = {
     "tidar, 2 branches": (DecodingMode.TIDAR, 2),
     "tidar, all branches": (DecodingMode.TIDAR, None),
     "every request its own mode": (None, 2),
+    "auto, another plan at every step": (DecodingMode.AUTO, 1),
 }
 """The mode of all requests (None: each its own) and the branches of the engine."""
 
@@ -155,6 +160,22 @@ def random_engine(rng: random.Random, num_branches: int | None) -> dict[str, obj
     }
 
 
+class RandomPlans(GoodputPolicy):
+    """``auto`` with a choice by chance instead of goodput."""
+
+    def __init__(self, block_length: int, rng: random.Random) -> None:
+        super().__init__(Drafting(block_length, 1), CostTable((1,), ((1,),), ((1.0,),)))
+        self.rng = rng
+
+    def begin_step(self, num_requests: int, context: float) -> None:
+        self.shape, self._probes = self.rng.choice(self._shapes), self.rng.random() < 0.2
+
+
+def follow_random_plans(core: EngineCore, rng: random.Random) -> None:
+    policy = RandomPlans(core.info.block_length or 1, rng)
+    core.scheduler.policies[DecodingMode.AUTO] = core.scheduler._auto = policy
+
+
 def make_workload(rng: random.Random, architecture: str, number: int) -> Workload:
     model = tiny_model(architecture, BASE_SEED, SHARED[number % len(SHARED)])
     prefixes = [rng.choices(TEXT_TOKENS, k=24) for _ in range(2)]
@@ -171,6 +192,8 @@ def run_plan(
         tiny_model(architecture, BASE_SEED, SHARED[number % len(SHARED)]),
         **random_engine(rng, num_branches),  # type: ignore[arg-type]
     )
+    if mode is DecodingMode.AUTO:
+        follow_random_plans(core, rng)
     everyone = rng.sample([*workload.requests, *workload.victims], NUM_REQUESTS + NUM_VICTIMS)
     everyone = [r if mode is None else replace(r, decoding=mode) for r in everyone]
     spread = rng.choice((0, 20))

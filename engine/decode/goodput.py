@@ -1,0 +1,181 @@
+"""The draft plan with the most expected tokens per second: pure arithmetic on what was measured.
+
+Acceptance hardly changes with the load, but what a row costs does: next to nothing while the weights have to be streamed
+anyway, and its full price once the machine computes without pause. So plans are compared by goodput, expected tokens of a
+step over its seconds, at the load of the moment.
+
+A drafting request is in one of two states. It *holds* a block: the step verifies ``n`` drafts beside ``b`` branches, emits as
+many tokens as it accepts, and keeps holding if one of those branches was hit. Or it holds nothing: the redraft emits one token
+with one branch, which is always hit. With the chance ``h`` of a hit, ``1 / (2 - h)`` of its steps are of the first kind.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+PRIOR_ACCEPTANCE, PRIOR_WEIGHT = 0.7, 32.0
+"""What is expected of the first guess before anything was measured, and how many outcomes an expectation is worth. That of a
+later guess is what the one before it has given."""
+
+MAX_OUTCOMES = 8000.0
+"""From here on old outcomes fade."""
+
+ENOUGH_OUTCOMES = 32.0
+"""First guesses that must have been tried before plans are compared; until then the configured plan is in force."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlanShape:
+    """One plan that may be taken: ``block_length`` drafts beside ``num_branches`` branches; a length of 1 is ``ar``."""
+
+    block_length: int
+    num_branches: int
+
+    def __str__(self) -> str:
+        if self.block_length == 1:
+            return "ar"
+        name = f"tidar-{self.num_branches}" if self.num_branches else "linear"
+        return f"{name} of {self.block_length}"
+
+
+AR = PlanShape(1, 0)
+
+
+def plan_shapes(block_length: int, has_short_blocks: bool = True) -> tuple[PlanShape, ...]:
+    """All plans that are compared, ``ar`` first. Blocks may be shorter than the trained ones."""
+    lengths = {block_length, block_length // 2, block_length // 4} if has_short_blocks else {block_length}
+    shapes = [
+        PlanShape(length, branches)
+        for length in sorted(length for length in lengths if length >= 4 or length == block_length)
+        for branches in sorted({0, 1, 2, 3, 5, 7, length})
+        if branches <= length
+    ]
+    return (AR, *shapes)
+
+
+@dataclass(frozen=True, slots=True)
+class CostTable:
+    """Seconds of a step, measured: ``seconds[i][j]`` at ``num_requests[i]`` requests with ``rows[i][j]`` rows in all.
+
+    Both ascend. Between measured points the cost is linear. Behind the last one a row is taken to cost what it costs there on
+    average, which is its full price: what was not measured should not look cheap.
+    ``per_kv_token`` is added for each token in the cache of a request, ``per_row_token`` for each row and token that it sees.
+    """
+
+    num_requests: tuple[int, ...]
+    rows: tuple[tuple[int, ...], ...]
+    seconds: tuple[tuple[float, ...], ...]
+    per_kv_token: float = 0.0
+    per_row_token: float = 0.0
+
+    def cost(self, num_requests: int, rows: float, context: float = 0.0) -> float:
+        """Seconds of a step of ``num_requests`` requests with ``rows`` rows in all and ``context`` cached tokens each."""
+        base = self._base(num_requests, rows / num_requests)
+        return base + context * (num_requests * self.per_kv_token + rows * self.per_row_token)
+
+    def _base(self, num_requests: int, rows_each: float) -> float:
+        at_each = [
+            _interpolate(rows, seconds, rows_each * n)
+            for n, rows, seconds in zip(self.num_requests, self.rows, self.seconds, strict=True)
+        ]
+        return _interpolate(self.num_requests, at_each, num_requests)
+
+
+def _interpolate(xs: Sequence[float], ys: Sequence[float], x: float) -> float:
+    """Piecewise linear through ascending ``xs``; constant in front of the first, proportional behind the last."""
+    if x <= xs[0]:
+        return ys[0]
+    if x > xs[-1]:
+        return ys[-1] * x / xs[-1]
+    i = bisect.bisect_left(xs, x)
+    return ys[i - 1] + (ys[i] - ys[i - 1]) * (x - xs[i - 1]) / (xs[i] - xs[i - 1])
+
+
+class Acceptance:
+    """How often draft ``i`` is accepted when all before it are, kept from outcomes that fade."""
+
+    def __init__(self, block_length: int) -> None:
+        self._tried = [0.0] * block_length
+        self._accepted = [0.0] * block_length
+        self._misses, self._blind_misses = 0.0, 0.0
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether enough is known to compare plans."""
+        return len(self._tried) > 1 and self._tried[1] >= ENOUGH_OUTCOMES
+
+    def observe(self, num_drafts: int, num_accepted: int) -> None:
+        """A step verified ``num_drafts`` drafts, the certain one included, and accepted ``num_accepted``."""
+        for i in range(1, min(num_accepted, num_drafts - 1) + 1):
+            self._tried[i] += 1
+            self._accepted[i] += i < num_accepted
+            if self._tried[i] > MAX_OUTCOMES:
+                self._tried[i] /= 2
+                self._accepted[i] /= 2
+
+    def observe_hit(self, is_hit: bool, num_drafts: int, num_branches: int) -> None:
+        """Whether one of ``num_branches`` branches behind ``num_drafts`` drafts was hit."""
+        self._misses += not is_hit
+        self._blind_misses += 1.0 - blind_chance(self.counts(num_drafts), num_branches)
+        if self._blind_misses > MAX_OUTCOMES:
+            self._misses /= 2
+            self._blind_misses /= 2
+
+    def counts(self, num_drafts: int) -> list[float]:
+        """Chances that exactly ``1 .. num_drafts`` drafts are accepted; a position that was never tried is like the last."""
+        chances, survival, rate = [], 1.0, PRIOR_ACCEPTANCE
+        for i in range(1, num_drafts):
+            tried, accepted = self._tried[i], self._accepted[i]
+            rate = (accepted + PRIOR_WEIGHT * rate) / (tried + PRIOR_WEIGHT)
+            chances.append(survival * (1 - rate))
+            survival *= rate
+        return [*chances, survival]
+
+    def chance_of_hit(self, counts: Sequence[float], num_branches: int) -> float:
+        """That one of ``num_branches`` branches is hit.
+
+        Branches are ranked for each request by its own drafts, which misses less often than ranking by ``counts``; by which
+        factor is measured, and taken for all numbers of branches alike.
+        """
+        blind_miss = 1.0 - blind_chance(counts, num_branches)
+        better = (self._misses + ENOUGH_OUTCOMES) / (self._blind_misses + ENOUGH_OUTCOMES)
+        return 1.0 - blind_miss * min(1.0, better)
+
+
+def blind_chance(counts: Sequence[float], num_branches: int) -> float:
+    """The chance of a hit when the same branches, the likeliest by ``counts``, are run for everybody."""
+    return min(1.0, sum(sorted(counts, reverse=True)[:num_branches]))
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """Of one request under a plan, on average over its steps."""
+
+    tokens_per_step: float
+    rows_per_step: float
+
+
+def expect(shape: PlanShape, acceptance: Acceptance, anchor_rows: int = 0) -> Expected:
+    """Tokens and rows of a step in the steady state; ``anchor_rows`` is 1 where a branch copies its draft."""
+    if shape.block_length == 1:
+        return Expected(1.0, 1.0)
+    length, branch_rows = shape.block_length, shape.block_length + anchor_rows
+    counts = acceptance.counts(length)
+    hit = 1.0 if shape.num_branches >= length else acceptance.chance_of_hit(counts, shape.num_branches)
+    holding = 1.0 / (2.0 - hit) if shape.num_branches else 0.5
+    tokens = sum(count * chance for count, chance in enumerate(counts, start=1))
+    return Expected(
+        holding * tokens + (1 - holding),
+        holding * (length + shape.num_branches * branch_rows) + (1 - holding) * (1 + branch_rows),
+    )
+
+
+def goodput(
+    shape: PlanShape, acceptance: Acceptance, costs: CostTable, num_requests: int, context: float, anchor_rows: int = 0
+) -> float:
+    """Expected tokens per second of ``num_requests`` requests that all follow one plan."""
+    expected = expect(shape, acceptance, anchor_rows)
+    seconds = costs.cost(num_requests, num_requests * expected.rows_per_step, context)
+    return num_requests * expected.tokens_per_step / seconds

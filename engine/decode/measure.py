@@ -1,0 +1,92 @@
+"""What a step costs on this machine: timed on the real path, with requests that do not exist.
+
+Every step lays out, runs and judges rows whose K/V goes to the null page. It is bounded in time: shapes are timed from the
+cheapest on, and those that no time is left for are extrapolated by the table.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+from engine.decode.goodput import CostTable, plan_shapes
+from engine.decode.tidar import TidarDecoder
+from engine.model_runner import ModelRunner
+from engine.sampling_params import DecodingMode, SamplingParams
+from engine.step import Admission, DraftPlan, ScheduledRequest, StepPlan
+
+MAX_SECONDS = 1.0
+REPEATS = 3
+
+MANY_ROWS = 64
+"""Rows at which the cost of attending to cached tokens is timed."""
+
+StepTimer = Callable[[int, DraftPlan, int], float]
+"""Seconds of a step of so many requests that all have one plan and so many tokens in the cache."""
+
+
+def step_timer(decoder: TidarDecoder, runner: ModelRunner, block_length: int) -> StepTimer:
+    """Times steps of an engine that serves nobody yet. Its slots are written; a later admission resets them."""
+    sampling = SamplingParams(1 << 20, temperature=0.0)
+
+    @torch.inference_mode()
+    def timed(num_requests: int, plan: DraftPlan, context: int) -> float:
+        admissions = tuple(Admission(i, context, (0,), (), DecodingMode.TIDAR, sampling) for i in range(num_requests))
+        shares = tuple(ScheduledRequest("", i, (), plan, context) for i in range(num_requests))
+        seconds = []
+        for _ in range(REPEATS):
+            decoder.batch.update(admissions, ())
+            decoder.batch.num_held_S[:num_requests] = block_length
+            begun = time.perf_counter()
+            step = StepPlan(0, shares, (), ())
+            inputs = decoder.lay_out(step)
+            decoder.judge(step, inputs, runner.execute(inputs)).read()
+            seconds.append(time.perf_counter() - begun)
+        decoder.survival.reset()
+        return statistics.median(seconds)
+
+    return timed
+
+
+def measure_costs(
+    timer: StepTimer, block_length: int, max_num_seqs: int, max_rows: int, max_context: int, has_anchor: bool = False
+) -> CostTable:
+    """Time the plans' rows at 1, 2, 4 ... requests, and what tokens in the cache add."""
+    deadline = time.perf_counter() + MAX_SECONDS
+    shapes = plan_shapes(block_length, has_short_blocks=not has_anchor)
+    full = [DraftPlan(s.block_length, s.num_branches, s.block_length, has_anchor) for s in shapes]
+    plans = {plan.num_rows: plan for plan in full}
+    counts = [n for n in _powers_of_two(max_num_seqs) if n <= max_rows]
+    timer(1, plans[min(plans)], 0)  # the first step of all pays for what is built once
+    rows: dict[int, list[int]] = {n: [] for n in counts}
+    seconds: dict[int, list[float]] = {n: [] for n in counts}
+    for total, n, each in sorted((n * each, n, each) for n in counts for each in plans):
+        if total <= max_rows and time.perf_counter() < deadline:
+            # More rows never cost less: what looks so is noise.
+            seconds[n].append(max(timer(n, plans[each], 0), *seconds[n][-1:], 0.0))
+            rows[n].append(total)
+    measured = [n for n in counts if rows[n]]
+    return CostTable(
+        tuple(measured),
+        tuple(tuple(rows[n]) for n in measured),
+        tuple(tuple(seconds[n]) for n in measured),
+        *_context_costs(timer, plans, max_context),
+    )
+
+
+def _context_costs(timer: StepTimer, plans: dict[int, DraftPlan], context: int) -> tuple[float, float]:
+    """Seconds per cached token, and per row and cached token, from one request with few rows and with more."""
+    few, more = min(plans), max(rows for rows in plans if rows <= MANY_ROWS)
+    added = {n: max(0.0, timer(1, plans[n], context) - timer(1, plans[n], 0)) / context for n in (few, more)}
+    per_row = max(0.0, added[more] - added[few]) / max(1, more - few)
+    return max(0.0, added[few] - few * per_row), per_row
+
+
+def _powers_of_two(most: int) -> list[int]:
+    powers = [1]
+    while powers[-1] * 2 <= most:
+        powers.append(powers[-1] * 2)
+    return powers if powers[-1] == most else [*powers, most]
