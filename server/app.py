@@ -20,6 +20,7 @@ from server.lifecycle import Lifecycle
 from server.metrics import ServerMetrics
 from server.middleware import ApiKeys, BodyLimit, RequestLog
 from server.models import model_routes
+from server.parsers import reasoning_format, tool_format
 from server.services import Services
 from server.tokenize import tokenize_routes
 from server.tokenizer import Tokenizer
@@ -45,6 +46,8 @@ def create_app(
         metrics=ServerMetrics(registry or CollectorRegistry(), engine, config.model_name),
         lifecycle=lifecycle or Lifecycle(config.retry_after),
         unknown_fields=UnknownFields(),
+        tool_format=tool_format(config.tool_call_parser, tokenizer.chat_template),
+        reasoning_format=reasoning_format(config.reasoning_parser, tokenizer.chat_template),
     )
 
     @contextlib.asynccontextmanager

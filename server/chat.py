@@ -2,35 +2,32 @@
 
 from __future__ import annotations
 
-import asyncio
-import functools
-import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from server.errors import invalid, unsupported
+from engine import GrammarSpec, Thinking
+from server.chat_writer import ChatWriter
+from server.conversation import conversation_texts, encode_conversation, template_kwargs
+from server.errors import invalid
 from server.fields import refuse_unsupported
-from server.generation import Delta, Generation
-from server.planning import AnswerOptions, answer_options, cache_salt, num_choices, plan_generation
-from server.protocol import (
-    AssistantMessage,
-    ChatChoice,
-    ChatChunkChoice,
-    ChatCompletionRequest,
-    ChatMessage,
-    Completion,
-    TokenizeRequest,
-)
+from server.generation import Generation
+from server.grammar import requested_grammar
+from server.logprobs import LogprobsWriter
+from server.parsers import ForcedCall, OutputParser, ToolFormat, begins_in_reasoning, build_parser
+from server.planning import Logprobs, answer_options, cache_salt, num_choices, plan_generation
+from server.protocol import ChatCompletionRequest
 from server.services import Services
 from server.streaming import EventStream, JsonAnswer
-from server.usage import usage_of
+from server.tools import ToolChoice, Tools, forced_grammar, requested_tools
 
-LONG_TEXT = 20_000
-"""Characters from which encoding leaves the event loop, so that one long prompt does not stop everybody's streams."""
+PROMPT_TAIL = 32
+"""Tokens at the end of a prompt that tell whether it has opened the model's thinking."""
+
+THINK_BEGIN, THINK_END = "<think>", "</think>"
 
 
 def chat_routes(services: Services) -> APIRouter:
@@ -43,149 +40,82 @@ def chat_routes(services: Services) -> APIRouter:
         options = answer_options(body, services.resolve_model(body.model))
         refuse_unsupported(body.extra, body.n or 1)
         services.unknown_fields.note(body.extra)
+        logprobs, tools = requested_logprobs(body), requested_tools(body)
         services.admit(num_choices(body, 1, services.config), conversation_texts(body.messages))
-        prompt = await encode_conversation(services, body.messages, template_kwargs(body))
-        plan = plan_generation(body, [prompt], services.engine.info, services.config, cache_salt(request, body))
+        prompt = await encode_conversation(services, body.messages, template_kwargs(body), tools=tools.offered)
+        reading = await read_answer(services, body, tools, prompt)
+        plan = plan_generation(
+            body,
+            [prompt],
+            services.engine.info,
+            services.config,
+            cache_salt(request, body),
+            logprobs,
+            grammar=reading.grammar,
+            kept_tokens=reading.make_parser().markers,
+        )
         response_id = f"chatcmpl-{uuid.uuid4().hex}"
         generation = Generation(plan, services.engine, services.tokenizer, services.metrics, response_id)
+        logprobs_writer = LogprobsWriter(services.tokenizer, as_ids=options.return_tokens_as_token_ids)
+        writer = ChatWriter(options, response_id, reading.make_parser, tools.choice, logprobs_writer)
         answer = EventStream if options.stream else JsonAnswer
-        return answer(services, generation, ChatWriter(options, response_id))
+        return answer(services, generation, writer)
 
     return router
 
 
-def template_kwargs(body: ChatCompletionRequest | TokenizeRequest) -> dict[str, Any]:
-    """What the template gets besides the messages."""
-    kwargs = dict(body.chat_template_kwargs or {})
-    if body.reasoning_effort is not None:
-        kwargs.setdefault("reasoning_effort", body.reasoning_effort)
-    return kwargs
+def requested_logprobs(body: ChatCompletionRequest) -> Logprobs:
+    """How many alternatives to report. Raises a 400."""
+    if body.top_logprobs and not body.logprobs:
+        raise invalid("top_logprobs needs logprobs: true", "top_logprobs")
+    if body.prompt_logprobs is not None and body.stream:
+        raise invalid("prompt_logprobs cannot be streamed; leave stream out", "prompt_logprobs")
+    return Logprobs((body.top_logprobs or 0) if body.logprobs else None, body.prompt_logprobs)
 
 
-def conversation_texts(messages: Sequence[ChatMessage]) -> Iterator[str]:
-    """The texts that the messages are made of; what is no text is refused elsewhere."""
-    for message in messages:
-        if isinstance(message.content, str):
-            yield message.content
-        for part in message.content if isinstance(message.content, list) else ():
-            if isinstance(part.get("text"), str):
-                yield part["text"]
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """How an answer is read: the grammar that it follows, and what parses it, a new one for each choice."""
+
+    grammar: GrammarSpec | None
+    make_parser: Callable[[], OutputParser]
 
 
-async def encode_conversation(
-    services: Services,
-    messages: Sequence[ChatMessage],
-    kwargs: Mapping[str, Any],
-    *,
-    add_generation_prompt: bool = True,
-    add_special_tokens: bool = False,
-) -> list[int]:
-    """Token ids of the conversation, if asked for with the beginning of the answer. Raises a 400."""
-    rendered = [template_message(message, index) for index, message in enumerate(messages)]
-    encode = functools.partial(
-        services.tokenizer.encode_chat,
-        rendered,
-        kwargs,
-        add_generation_prompt=add_generation_prompt,
-        add_special_tokens=add_special_tokens,
-    )
-    if sum(len(message["content"]) for message in rendered) < LONG_TEXT:
-        return encode()
-    return await asyncio.to_thread(encode)
+async def read_answer(services: Services, body: ChatCompletionRequest, tools: Tools, prompt: list[int]) -> Reading:
+    """Settle the grammar and the parser. Raises a 400 for what cannot be combined, and for a schema that is wrong."""
+    grammar, forced = await requested_grammar(body), await forced_grammar(tools)
+    if grammar is not None and forced is not None:
+        raise invalid("a forced tool call already constrains the output; leave response_format out", "response_format")
+    tail = services.tokenizer.decode(prompt[-PROMPT_TAIL:], skip_special_tokens=False)
+    is_reasoning = services.reasoning_format is not None and begins_in_reasoning(tail)
+    call_format = _call_format(services, tools)
+
+    def make_parser() -> OutputParser:
+        return build_parser(call_format, services.reasoning_format, is_reasoning=is_reasoning, max_calls=tools.max_calls)
+
+    source = grammar or forced
+    spec = None if source is None else GrammarSpec(source, thinking_of(services, tail, is_reasoning=is_reasoning))
+    return Reading(spec, make_parser)
 
 
-def template_message(message: ChatMessage, index: int) -> dict[str, Any]:
-    """The message as templates know it: ``developer`` is ``system``, and the content is one text."""
-    extra = dict(message.model_extra or {})
-    where = f"messages.{index}"
-    for name in ("tool_calls", "function_call", "audio"):
-        if extra.pop(name, None):
-            raise unsupported(f"{where}.{name} is not supported by this server", "messages")
-    role = "system" if message.role == "developer" else message.role
-    return {**extra, "role": role, "content": _content_text(message.content, where)}
-
-
-def _content_text(content: str | list[dict[str, Any]] | None, where: str) -> str:
-    if not isinstance(content, list):
-        return content or ""
-    texts: list[str] = []
-    for part in content:
-        if part.get("type") != "text":
-            raise unsupported(
-                f"{where}.content has a part of type {str(part.get('type'))[:50]!r}; only text is supported",
-                "messages",
-            )
-        if not isinstance(part.get("text"), str):
-            raise invalid(f"{where}.content has a text part whose text is not a string", "messages")
-        texts.append(part["text"])
-    return "\n".join(texts)
-
-
-class ChatWriter:
-    """Chat answers and chunks."""
-
-    def __init__(self, options: AnswerOptions, response_id: str) -> None:
-        self.options = options
-        self._id = response_id
-        self._created = int(time.time())
-
-    def opening(self, generation: Generation) -> Sequence[Completion]:
-        """One role chunk per choice."""
-        chunks = []
-        for choice in generation.choices:
-            delta = AssistantMessage(role="assistant", content="")
-            chunks.append(self._chunk([ChatChunkChoice(index=choice.index, delta=delta, logprobs=None, finish_reason=None)]))
-        if self.options.return_token_ids:
-            chunks[0].prompt_token_ids = list(generation.choices[0].plan.prompt_token_ids)
-        if self.options.continuous_usage:
-            for chunk in chunks:
-                chunk.usage = usage_of(generation)
-        return chunks
-
-    def chunks(self, delta: Delta, generation: Generation) -> Sequence[Completion]:
-        """A text chunk if there is text, then a finish chunk if this is the end."""
-        ids = list(delta.token_ids) if self.options.return_token_ids else None
-        choices: list[ChatChunkChoice] = []
-        if delta.text or (ids and delta.finish_reason is None):
-            text = AssistantMessage(content=delta.text)
-            choices.append(ChatChunkChoice(index=delta.index, delta=text, logprobs=None, finish_reason=None))
-        if delta.finish_reason is not None:
-            end = ChatChunkChoice(index=delta.index, delta=AssistantMessage(), logprobs=None, finish_reason=delta.finish_reason)
-            end.stop_reason = delta.stop_reason
-            choices.append(end)
-        if ids is not None and choices:
-            choices[0].token_ids = ids
-        chunks = [self._chunk([choice]) for choice in choices]
-        if self.options.continuous_usage:
-            for chunk in chunks:
-                chunk.usage = usage_of(generation)
-        return chunks
-
-    def last(self) -> Completion:
-        """The chunk that carries the usage."""
-        return self._chunk([])
-
-    def whole(self, generation: Generation, deltas: Sequence[Sequence[Delta]]) -> Completion:
-        """The answer in one piece."""
-        choices: list[ChatChoice] = []
-        for choice, parts in zip(generation.choices, deltas, strict=True):
-            message = AssistantMessage(role="assistant", content="".join(delta.text for delta in parts))
-            answer = ChatChoice(index=choice.index, message=message, logprobs=None, finish_reason=choice.finish_reason)
-            answer.stop_reason = choice.stop_reason
-            if self.options.return_token_ids:
-                answer.token_ids = [i for delta in parts for i in delta.token_ids]
-            choices.append(answer)
-        completion = Completion(
-            id=self._id, object="chat.completion", created=self._created, model=self.options.model, choices=choices
+def _call_format(services: Services, tools: Tools) -> ToolFormat | ForcedCall | None:
+    match tools.choice:
+        case ToolChoice.NONE:
+            return None
+        case ToolChoice.NAMED | ToolChoice.REQUIRED:
+            return ForcedCall(tools.name)
+    if services.tool_format is None:
+        raise invalid(
+            "this server does not know how its model writes tool calls: start it with --tool-call-parser, or send "
+            "tool_choice 'required' or a named function",
+            "tools",
         )
-        if self.options.return_token_ids:
-            completion.prompt_token_ids = list(generation.choices[0].plan.prompt_token_ids)
-        return completion
+    return services.tool_format
 
-    def _chunk(self, choices: list[ChatChunkChoice]) -> Completion:
-        chunk = Completion(
-            id=self._id, object="chat.completion.chunk", created=self._created, model=self.options.model, choices=choices
-        )
-        if self.options.include_usage:
-            chunk.usage = None  # said with a null on every chunk but the one that has it
-        return chunk
+
+def thinking_of(services: Services, prompt_tail: str, *, is_reasoning: bool) -> Thinking | None:
+    """Where the model's thinking ends; None if it does not think, or if the prompt has closed its thinking already."""
+    end, begin = services.tokenizer.id_of(THINK_END), services.tokenizer.id_of(THINK_BEGIN)
+    if services.reasoning_format is None or end is None or prompt_tail.rstrip().endswith(THINK_END):
+        return None
+    return Thinking(end, begin, is_reasoning)

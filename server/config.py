@@ -17,7 +17,8 @@ class ServerConfig:
     ``slow_reader_timeout``: how long one write to a client may take before its request is aborted.
     ``heartbeat_deadline``: age of the engine's heartbeat at which ``/health/live`` fails; long on purpose, since a first
     compile or a long prompt on a CPU may take minutes. ``retry_after``: what a 503 asks clients to wait. ``limits``: those of
-    the engine's queue, to refuse what could never fit.
+    the engine's queue, to refuse what could never fit. ``tool_call_parser``, ``reasoning_parser``: a format's name, ``auto``
+    for what the chat template shows, or ``none``.
     """
 
     served_model_names: tuple[str, ...] = ("tidar",)
@@ -31,6 +32,8 @@ class ServerConfig:
     heartbeat_deadline: float = 600.0
     shutdown_timeout: float = 30.0
     retry_after: int = 1
+    tool_call_parser: str = "auto"
+    reasoning_parser: str = "auto"
     limits: SchedulerConfig = field(default_factory=SchedulerConfig)
 
     def __post_init__(self) -> None:

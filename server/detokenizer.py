@@ -6,7 +6,7 @@ always join to the text of the whole answer.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from server.tokenizer import Tokenizer
@@ -29,8 +29,8 @@ class Piece:
 class Detokenizer:
     """One choice's text. After a piece with a ``stop`` it takes no more tokens."""
 
-    def __init__(self, tokenizer: Tokenizer, stops: StopTable, *, skip_special_tokens: bool) -> None:
-        self._decoder = TextDecoder(tokenizer, skip_special_tokens=skip_special_tokens)
+    def __init__(self, tokenizer: Tokenizer, stops: StopTable, *, skipped_ids: Collection[int]) -> None:
+        self._decoder = TextDecoder(tokenizer, skipped_ids=skipped_ids)
         self._matcher = StopMatcher(stops)
 
     def append(self, token_ids: Sequence[int]) -> Piece:
@@ -54,18 +54,19 @@ class TextDecoder:
 
     Some tokenizers write a token differently at the start of a text (without its leading space), so each is decoded behind the
     tokens of the text before it. ``_start.._read`` are those, ``_read..`` are the tokens that have given no text yet.
+    ``skipped_ids`` are tokens that are no text.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, skipped_ids: Collection[int]) -> None:
         self._tokenizer = tokenizer
-        self._skip_special_tokens = skip_special_tokens
+        self._skipped_ids = skipped_ids
         self._window: list[int] = []
         self._read = 0
         self._context_text = ""
 
     def push(self, token_id: int) -> str:
         """The text that ``token_id`` completes; empty in the middle of a character."""
-        if self._skip_special_tokens and token_id in self._tokenizer.special_ids:
+        if token_id in self._skipped_ids:
             return ""
         self._window.append(token_id)
         text = self._decode(self._window)
@@ -86,7 +87,7 @@ class TextDecoder:
         return new
 
     def _decode(self, token_ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(token_ids, skip_special_tokens=self._skip_special_tokens)
+        return self._tokenizer.decode(token_ids, skip_special_tokens=False)
 
 
 class StopTable:

@@ -24,29 +24,13 @@ ACCEPTED_WITHOUT_EFFECT = frozenset(
         "prompt_cache_retention",
         "safety_identifier",
         "verbosity",
-        "parallel_tool_calls",  # nothing to call in parallel: tools are refused
     }
 )
 
 _NO_EFFECT_VALUES: dict[str, tuple[Any, ...]] = {
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "repetition_penalty": (1,),
-    "logit_bias": ({},),
-    "top_logprobs": (0,),
-    "prompt_logprobs": (),
-    "echo": (False,),
     "suffix": ("",),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
     "functions": ([],),
     "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
-    "structured_outputs": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
     "guided_decoding_backend": (),
     "guided_whitespace_pattern": (),
     "structural_tag": (),
@@ -54,7 +38,6 @@ _NO_EFFECT_VALUES: dict[str, tuple[Any, ...]] = {
     "regex": (),
     "ebnf": (),
     "grammar": (),
-    "min_tokens": (0,),
     "min_new_tokens": (0,),
     "n_predict": (),
     "typical_p": (1,),
@@ -76,7 +59,6 @@ _NO_EFFECT_VALUES: dict[str, tuple[Any, ...]] = {
     "documents": ([],),
     "add_special_tokens": (False,),  # of a chat, whose template writes them
     "spaces_between_special_tokens": (True,),
-    "return_tokens_as_token_ids": (False,),
 }
 """Fields that this server has no code for, with the values (besides null) that change nothing."""
 
@@ -88,10 +70,6 @@ def refuse_unsupported(extra: Mapping[str, Any], num_choices: int) -> None:
         if value is not None and value not in harmless:
             allowed = "" if not harmless else f", or send {json.dumps(harmless[0])}"
             raise unsupported(f"{name} is not supported by this server; leave it out{allowed}", name)
-    # A flag for chats and a count for text completions, where 0 asks for the sampled token's; False equals 0, so ``is``.
-    logprobs = extra.get("logprobs")
-    if logprobs is not None and logprobs is not False:
-        raise unsupported("logprobs is not supported by this server; leave it out", "logprobs")
     best_of = extra.get("best_of")
     if best_of is not None and best_of != num_choices:
         if isinstance(best_of, int) and best_of < num_choices:
@@ -107,7 +85,7 @@ class UnknownFields:
 
     def note(self, extra: Mapping[str, Any]) -> None:
         """Log the names that were not seen before."""
-        known = ACCEPTED_WITHOUT_EFFECT | _NO_EFFECT_VALUES.keys() | {"logprobs", "best_of"}
+        known = ACCEPTED_WITHOUT_EFFECT | _NO_EFFECT_VALUES.keys() | {"best_of"}
         for name in extra.keys() - known - self._named:
             if len(self._named) >= MAX_NAMED_FIELDS:
                 return

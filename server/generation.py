@@ -15,6 +15,7 @@ from engine import (
     Outputs,
     RequestOutput,
     SpeculationStats,
+    TokenLogprobs,
 )
 from server.detokenizer import Detokenizer, StopTable
 from server.errors import ApiError, internal, invalid
@@ -25,7 +26,10 @@ from server.tokenizer import Tokenizer
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """What a choice gained since it was last asked. ``completion_tokens`` counts from the choice's beginning."""
+    """What a choice gained since it was last asked. ``completion_tokens`` counts from the choice's beginning.
+
+    ``logprobs``, where asked for, has an entry for each of ``token_ids``; ``prompt_logprobs`` come before the first of them.
+    """
 
     index: int
     text: str
@@ -33,6 +37,8 @@ class Delta:
     completion_tokens: int
     finish_reason: str | None = None
     stop_reason: str | int | None = None
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 class Choice:
@@ -50,11 +56,18 @@ class Choice:
         self._detokenizer = detokenizer
         self._texts: list[str] = []
         self._token_ids: list[int] = []
+        self._logprobs: list[TokenLogprobs] = []
+        self._prompt_logprobs: list[TokenLogprobs] = []
         self._end_is_taken = False
 
     def add(self, output: RequestOutput) -> None:
         """Take an output. A stop string inside it finishes the choice, and what follows it is dropped."""
         self.num_cached_tokens = max(self.num_cached_tokens, output.num_cached_tokens)
+        self._prompt_logprobs.extend(output.prompt_logprobs)
+        if self.plan.is_prompt_only:
+            if output.finish_reason is not None:
+                self._finish("length")
+            return
         if output.token_ids:
             self.speculation = output.speculation
         has_stop_token = output.stop_token_id is not None
@@ -63,10 +76,10 @@ class Choice:
         piece = self._detokenizer.append(text_ids)
         self._texts.append(piece.text)
         if piece.stop is not None:
-            self._take_tokens(output.token_ids[: piece.num_tokens])
+            self._take_tokens(output.token_ids[: piece.num_tokens], output.logprobs)
             self._finish("stop", piece.stop)
             return
-        self._take_tokens(output.token_ids)
+        self._take_tokens(output.token_ids, output.logprobs)
         if output.finish_reason is None:
             return
         tail = self._detokenizer.finish()
@@ -81,7 +94,7 @@ class Choice:
     def take(self) -> Delta | None:
         """The gain since the last call; None when there is none."""
         is_end = self.finish_reason is not None and not self._end_is_taken
-        if not is_end and not self._token_ids and not any(self._texts):
+        if not (is_end or self._token_ids or self._prompt_logprobs or any(self._texts)):
             return None
         delta = Delta(
             index=self.index,
@@ -90,14 +103,17 @@ class Choice:
             completion_tokens=self.completion_tokens,
             finish_reason=self.finish_reason,
             stop_reason=self.stop_reason,
+            logprobs=tuple(self._logprobs),
+            prompt_logprobs=tuple(self._prompt_logprobs),
         )
-        self._texts.clear()
-        self._token_ids.clear()
+        for gained in (self._texts, self._token_ids, self._logprobs, self._prompt_logprobs):
+            gained.clear()
         self._end_is_taken = is_end
         return delta
 
-    def _take_tokens(self, token_ids: Sequence[int]) -> None:
+    def _take_tokens(self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs]) -> None:
         self._token_ids.extend(token_ids)
+        self._logprobs.extend(logprobs[: len(token_ids)])
         self.completion_tokens += len(token_ids)
 
     def _finish(self, reason: str, stop_reason: str | int | None = None) -> None:
@@ -115,12 +131,12 @@ class Generation:
         self._engine = engine
         self._metrics = metrics
         info: EngineInfo = engine.info
-        stops = StopTable(plan.stop)
+        stops, skipped_ids = StopTable(plan.stop), _skipped_ids(plan, tokenizer)
         self.choices = tuple(
             Choice(
                 index,
                 choice,
-                Detokenizer(tokenizer, stops, skip_special_tokens=plan.skip_special_tokens),
+                Detokenizer(tokenizer, stops, skipped_ids=skipped_ids),
                 info.eos_token_ids,
             )
             for index, choice in enumerate(plan.choices)
@@ -193,6 +209,7 @@ class Generation:
             decoding=self.plan.decoding,
             cache_salt=self.plan.cache_salt,
             arrival=self._arrival,
+            grammar=self.plan.grammar,
         )
 
     async def _pump(self, choice: Choice, outputs: Outputs) -> None:
@@ -216,6 +233,13 @@ class Generation:
         finally:
             await outputs.aclose()
             clock.finish(choice, reason, last)
+
+
+def _skipped_ids(plan: GenerationPlan, tokenizer: Tokenizer) -> frozenset[int]:
+    """The special tokens that are no part of the text."""
+    if not plan.skip_special_tokens:
+        return frozenset()
+    return tokenizer.special_ids - {tokenizer.id_of(token) for token in plan.kept_tokens}
 
 
 def _raise_failure(output: RequestOutput) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from engine import CacheConfig, DecodeConfig, DecodingMode, EngineConfig, EngineInfo, SchedulerConfig
 from server.config import ServerConfig
 from server.flags import ENV_PREFIX, Flag, branches, integer, number, one_of, resolve, switch, text
+from server.parsers import ReasoningFormat, ToolFormat
 
 BUNDLED_MODEL = Path(__file__).parent / "bundled_model"
 BUNDLED_MODEL_NAME = "tidar-stdlib"
@@ -38,6 +39,16 @@ SERVE_FLAGS = (
     Flag("decoding", one_of(*(mode.value for mode in DecodingMode)), "auto", "what decoding: auto means in a request"),
     Flag("block-length", integer(2), None, "drafts per step; the checkpoint's if not given"),
     Flag("num-branches", branches, _DECODE.num_branches, "branches per step, or all"),
+    Flag("draft-temperature", number(0, 2), None, "temperature of drafts, 0 for argmax; the request's if not given"),
+    Flag(
+        "trust-ar",
+        number(0, 1),
+        _DECODE.trust_ar,
+        "weight of AR logits in tidar mode; below 1 (lossy) with all branches",
+    ),
+    Flag("diffusion-threshold", number(0, 1), _DECODE.diffusion_threshold, "probability from which diffusion decides a token"),
+    Flag("tool-call-parser", one_of("auto", "none", *(f.value for f in ToolFormat)), "auto", "how the model writes tool calls"),
+    Flag("reasoning-parser", one_of("auto", "none", *(f.value for f in ReasoningFormat)), "auto", "how the model thinks"),
     Flag("async-depth", integer(0, 1), _SCHEDULER.async_depth, "steps launched before the last one was read"),
     Flag(
         "max-waiting-requests", integer(0), _SCHEDULER.max_waiting_requests, "length of the queue; beyond it clients get a 503"
@@ -139,6 +150,8 @@ def _build(model: str | None, values: dict[str, Any]) -> ServeOptions:
             cors_origins=values["cors_origins"],
             shutdown_timeout=values["shutdown_timeout"],
             heartbeat_deadline=values["heartbeat_deadline"],
+            tool_call_parser=values["tool_call_parser"],
+            reasoning_parser=values["reasoning_parser"],
             limits=engine.scheduler,
         ),
     )
@@ -147,6 +160,7 @@ def _build(model: str | None, values: dict[str, Any]) -> ServeOptions:
 def _engine_config(model: str, values: dict[str, Any]) -> EngineConfig:
     return EngineConfig(
         model=model,
+        tokenizer=values["tokenizer"],
         revision=values["revision"],
         dtype=values["dtype"],
         device=values["device"],
@@ -170,6 +184,9 @@ def _engine_config(model: str, values: dict[str, Any]) -> EngineConfig:
             mode=DecodingMode(values["decoding"]),
             block_length=values["block_length"],
             num_branches=values["num_branches"],
+            trust_ar=values["trust_ar"],
+            draft_temperature=values["draft_temperature"],
+            diffusion_threshold=values["diffusion_threshold"],
         ),
     )
 

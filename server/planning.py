@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 
 from starlette.requests import Request
 
-from engine import DecodingMode, EngineInfo, SamplingParams, choice_seed
+from engine import DecodingMode, EngineInfo, GrammarSpec, SamplingParams, choice_seed
 from server.config import ServerConfig
-from server.errors import invalid, unsupported
+from server.errors import invalid
 from server.protocol import GenerationFields
 
 MAX_STOP_CHARS = 1000
@@ -19,22 +19,39 @@ MAX_STOP_CHARS = 1000
 
 @dataclass(frozen=True, slots=True)
 class ChoicePlan:
-    """One choice to generate; ``prompt_index`` tells which prompt of the request it answers."""
+    """One choice to generate; ``prompt_index`` tells which prompt of the request it answers.
+
+    ``is_prompt_only``: the client wants the prompt's log-probabilities and no token. The engine gives one, which is dropped.
+    """
 
     prompt_index: int
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingParams
+    is_prompt_only: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Logprobs:
+    """How many alternatives a request wants beside each token's log-probability; None: no log-probabilities."""
+
+    output: int | None = None
+    prompt: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class GenerationPlan:
-    """Everything that one client request asks of the engine."""
+    """Everything that one client request asks of the engine.
+
+    ``kept_tokens`` are special tokens that stay in the text though ``skip_special_tokens`` is set.
+    """
 
     choices: tuple[ChoicePlan, ...]
     decoding: DecodingMode
     stop: tuple[str, ...]
     skip_special_tokens: bool
     cache_salt: str
+    grammar: GrammarSpec | None = None
+    kept_tokens: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +63,7 @@ class AnswerOptions:
     include_usage: bool
     continuous_usage: bool
     return_token_ids: bool
+    return_tokens_as_token_ids: bool
 
 
 def answer_options(fields: GenerationFields, model: str) -> AnswerOptions:
@@ -60,6 +78,7 @@ def answer_options(fields: GenerationFields, model: str) -> AnswerOptions:
         include_usage=include_usage,
         continuous_usage=include_usage and bool(options and options.continuous_usage_stats),
         return_token_ids=bool(fields.return_token_ids),
+        return_tokens_as_token_ids=bool(fields.return_tokens_as_token_ids),
     )
 
 
@@ -80,27 +99,38 @@ def plan_generation(
     info: EngineInfo,
     config: ServerConfig,
     cache_salt: str,
+    logprobs: Logprobs,
+    *,
+    grammar: GrammarSpec | None = None,
+    kept_tokens: tuple[str, ...] = (),
+    is_prompt_only: bool = False,
 ) -> GenerationPlan:
     """Check everything and lay out the choices, those of the first prompt first. Raises a 400."""
     n = num_choices(fields, len(prompts), config)
     # Python's remainder is never negative, so -1 becomes 2**64 - 1.
     seed = secrets.randbits(64) if fields.seed is None else fields.seed % 2**64
-    sampling = sampling_params(fields, info)
+    sampling = sampling_params(fields, info, logprobs, is_prompt_only=is_prompt_only)
+    decoding = decoding_mode(fields.decoding, info)
+    if DecodingMode.DIFFUSION in (decoding, info.default_mode if decoding is DecodingMode.AUTO else None):
+        sampling = for_diffusion(fields, sampling, grammar)
     choices: list[ChoicePlan] = []
     for prompt_index, prompt in enumerate(prompts):
         check_prompt(prompt, info)
         max_tokens = min(sampling.max_tokens, info.max_model_len - len(prompt))
         token_ids = tuple(prompt)
         for index in range(n):
-            own = replace(sampling, max_tokens=max_tokens, seed=choice_seed(seed, index))
-            choices.append(ChoicePlan(prompt_index, token_ids, own))
+            min_tokens = min(sampling.min_tokens, max_tokens)
+            own = replace(sampling, max_tokens=max_tokens, min_tokens=min_tokens, seed=choice_seed(seed, index))
+            choices.append(ChoicePlan(prompt_index, token_ids, own, is_prompt_only))
     check_queue_tokens(choices, config.limits.max_waiting_tokens)
     return GenerationPlan(
         choices=tuple(choices),
-        decoding=decoding_mode(fields.decoding, info),
+        decoding=decoding,
         stop=stop_strings(fields),
         skip_special_tokens=fields.skip_special_tokens is not False,
         cache_salt=cache_salt,
+        grammar=grammar,
+        kept_tokens=kept_tokens,
     )
 
 
@@ -135,7 +165,9 @@ def check_queue_tokens(choices: Sequence[ChoicePlan], limit: int) -> None:
         )
 
 
-def sampling_params(fields: GenerationFields, info: EngineInfo) -> SamplingParams:
+def sampling_params(
+    fields: GenerationFields, info: EngineInfo, logprobs: Logprobs, *, is_prompt_only: bool = False
+) -> SamplingParams:
     """The sampling of every choice, without its seed. Raises a 400.
 
     ``max_tokens`` is cut to each prompt's room later, since clients send one number for all models.
@@ -148,16 +180,57 @@ def sampling_params(fields: GenerationFields, info: EngineInfo) -> SamplingParam
         raise invalid(f"stop_token_ids must be from 0 to {info.vocab_size - 1}", "stop_token_ids")
     try:
         return SamplingParams(
-            max_tokens=info.max_model_len if wanted is None else wanted,
-            temperature=defaults.temperature if fields.temperature is None else fields.temperature,
-            top_p=defaults.top_p if fields.top_p is None else fields.top_p,
+            max_tokens=1 if is_prompt_only else info.max_model_len if wanted is None else wanted,
+            temperature=_given(fields.temperature, defaults.temperature),
+            top_p=_given(fields.top_p, defaults.top_p),
             top_k=0 if top_k == -1 else top_k,
-            min_p=defaults.min_p if fields.min_p is None else fields.min_p,
+            min_p=_given(fields.min_p, defaults.min_p),
             stop_token_ids=stop_token_ids,
             ignore_eos=bool(fields.ignore_eos),
+            min_tokens=0 if is_prompt_only else fields.min_tokens or 0,
+            frequency_penalty=_given(fields.frequency_penalty, 0.0),
+            presence_penalty=_given(fields.presence_penalty, 0.0),
+            repetition_penalty=_given(fields.repetition_penalty, defaults.repetition_penalty),
+            logit_bias=logit_bias(fields, info),
+            logprobs=logprobs.output,
+            prompt_logprobs=logprobs.prompt,
         )
     except ValueError as error:
         raise invalid(str(error), str(error).partition(" ")[0]) from error  # the message begins with the field
+
+
+def _given(value: float | None, default: float) -> float:
+    return default if value is None else value
+
+
+def logit_bias(fields: GenerationFields, info: EngineInfo) -> tuple[tuple[int, float], ...]:
+    """The biases by token id, whose keys are texts in JSON. Raises a 400 for what is no id of the vocabulary."""
+    biases: dict[int, float] = {}
+    for key, bias in (fields.logit_bias or {}).items():
+        if not key.isascii() or not key.isdigit() or len(key) > 10 or int(key) >= info.vocab_size:
+            raise invalid(
+                f"logit_bias has the key {key[:20]!r}, but keys must be token ids from 0 to {info.vocab_size - 1}", "logit_bias"
+            )
+        biases[int(key)] = bias
+    return tuple(biases.items())
+
+
+def for_diffusion(fields: GenerationFields, sampling: SamplingParams, grammar: GrammarSpec | None) -> SamplingParams:
+    """Raise a 400 for what diffusion cannot do, since nothing verifies its tokens; defaults that it cannot do are left out."""
+    if fields.repetition_penalty is None:
+        sampling = replace(sampling, repetition_penalty=1.0)
+    for param, is_asked in (
+        ("response_format", grammar is not None),
+        ("repetition_penalty", sampling.repetition_penalty != 1.0),
+        ("frequency_penalty", sampling.frequency_penalty != 0.0),
+        ("presence_penalty", sampling.presence_penalty != 0.0),
+        ("min_tokens", sampling.min_tokens > 0),
+        ("logprobs", sampling.logprobs is not None),
+    ):
+        if is_asked:
+            what = "a grammar" if param == "response_format" else param
+            raise invalid(f"{what} cannot be combined with decoding 'diffusion'; leave it out, or decode by 'tidar'", param)
+    return sampling
 
 
 def stop_strings(fields: GenerationFields) -> tuple[str, ...]:
@@ -175,8 +248,6 @@ def decoding_mode(name: str | None, info: EngineInfo) -> DecodingMode:
     """The mode of ``decoding``. Raises a 400 for one that does not exist or that the checkpoint cannot do."""
     if name is None:
         return DecodingMode.AUTO
-    if name == "diffusion":
-        raise unsupported("decoding 'diffusion' is not supported by this server yet; use 'tidar' or leave it out", "decoding")
     try:
         mode = DecodingMode(name)
     except ValueError:

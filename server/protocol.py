@@ -14,6 +14,8 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_TOKEN_IDS = 256
 MAX_PROMPTS = 4096
 MAX_MESSAGES = 16_384
+MAX_LOGIT_BIAS = 1024
+MAX_CHOICES = 1024
 MAX_TOKEN_IDS = 2**22
 """No context is this long; the served one's limit is checked later, when it is known which of the lists are prompts."""
 
@@ -22,6 +24,7 @@ TokenId = StrictInt
 TokenIds = Annotated[list[TokenId], Field(max_length=MAX_TOKEN_IDS, fail_fast=True)]
 StopStrings = str | Annotated[list[str], Field(max_length=MAX_STOP_STRINGS, fail_fast=True)]
 StopTokenIds = Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKEN_IDS, fail_fast=True)]
+LogitBias = Annotated[dict[str, float], Field(max_length=MAX_LOGIT_BIAS)]
 ContentParts = Annotated[list[dict[str, Any]], Field(max_length=MAX_MESSAGES, fail_fast=True)]
 
 
@@ -77,6 +80,19 @@ class GenerationFields(_Request):
     top_p: float | None = None
     top_k: int | None = None
     min_p: float | None = None
+    min_tokens: int | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: LogitBias | None = None
+    prompt_logprobs: int | None = None
+    return_tokens_as_token_ids: bool | None = None
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: str | None = None
+    guided_choice: Annotated[list[str], Field(max_length=MAX_CHOICES, fail_fast=True)] | None = None
+    guided_grammar: str | None = None
     stop: StopStrings | None = None
     stop_token_ids: StopTokenIds | None = None
     ignore_eos: bool | None = None
@@ -104,6 +120,11 @@ class ChatCompletionRequest(GenerationFields):
     """``POST /v1/chat/completions``."""
 
     messages: Messages
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     reasoning_effort: str | None = None
 
@@ -112,6 +133,8 @@ class CompletionRequest(GenerationFields):
     """``POST /v1/completions``."""
 
     prompt: Prompt
+    echo: bool | None = None
+    logprobs: int | None = None
     add_special_tokens: bool | None = None
 
 
@@ -175,33 +198,96 @@ class _ChoiceEnd(BaseModel):
     index: int
     finish_reason: str | None = None
     stop_reason: str | int | None = None
-    logprobs: None = None
     token_ids: list[int] | None = None
 
 
+class TopLogprob(BaseModel):
+    """A token that could have come, and its log-probability before any processing."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class TokenLogprob(TopLogprob):
+    """The token that came, and the likeliest ones in its place."""
+
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(BaseModel):
+    """One entry for each token."""
+
+    content: list[TokenLogprob]
+    refusal: None = None
+
+
+class CompletionLogprobs(BaseModel):
+    """Lists of one length; the first token of an echoed prompt has no log-probability."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+
+class PromptLogprob(BaseModel):
+    """vLLM's form: entries by token id."""
+
+    logprob: float
+    rank: int | None
+    decoded_token: str
+
+
+PromptLogprobs = list[dict[str, PromptLogprob] | None]
+
+
+class FunctionCall(BaseModel):
+    """A call's function; in a stream the arguments come in pieces, and the name in the first of them."""
+
+    name: str | None = None
+    arguments: str
+
+
+class ToolCall(BaseModel):
+    """A call, or in a stream a part of the one with this ``index``."""
+
+    index: int | None = None
+    id: str | None = None
+    type: Literal["function"] | None = None
+    function: FunctionCall
+
+
 class AssistantMessage(BaseModel):
-    """The answer of a chat choice, or a part of it in a stream."""
+    """The answer of a chat choice, or a part of it in a stream. ``reasoning`` and ``reasoning_content`` are the same."""
 
     role: Literal["assistant"] | None = None
     content: str | None = None
+    reasoning: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[ToolCall] | None = None
 
 
 class ChatChoice(_ChoiceEnd):
     """One finished chat choice."""
 
     message: AssistantMessage
+    logprobs: ChatLogprobs | None = None
 
 
 class ChatChunkChoice(_ChoiceEnd):
     """What a chunk adds to one chat choice."""
 
     delta: AssistantMessage
+    logprobs: ChatLogprobs | None = None
 
 
 class CompletionChoice(_ChoiceEnd):
     """One text choice, or what a chunk adds to it."""
 
     text: str
+    logprobs: CompletionLogprobs | None = None
+    prompt_logprobs: PromptLogprobs | None = None
     prompt_token_ids: list[int] | None = None
 
 
@@ -215,6 +301,7 @@ class Completion(_Answer):
     choices: list[ChatChoice] | list[ChatChunkChoice] | list[CompletionChoice]
     usage: Usage | None = None
     metrics: ResponseMetrics | None = None
+    prompt_logprobs: PromptLogprobs | None = None
     prompt_token_ids: list[int] | None = None
 
 

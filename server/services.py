@@ -11,12 +11,16 @@ from server.errors import ApiError, invalid
 from server.fields import UnknownFields
 from server.lifecycle import Lifecycle
 from server.metrics import ServerMetrics
+from server.parsers import ReasoningFormat, ToolFormat
 from server.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)
 class Services:
-    """Built once by ``create_app`` and handed to each group of routes."""
+    """Built once by ``create_app`` and handed to each group of routes.
+
+    ``tool_format``, ``reasoning_format``: how the model writes tool calls and thinking; None where that is not known.
+    """
 
     engine: Engine
     config: ServerConfig
@@ -24,6 +28,8 @@ class Services:
     metrics: ServerMetrics
     lifecycle: Lifecycle
     unknown_fields: UnknownFields
+    tool_format: ToolFormat | None = None
+    reasoning_format: ReasoningFormat | None = None
 
     def admit(self, num_choices: int, texts: Iterable[str]) -> None:
         """Refuse, before the work of encoding, what will be refused anyway. Raises a 503, a 400 or QueueFullError."""

@@ -8,8 +8,8 @@ from typing import Any
 from fastapi import APIRouter
 from starlette.responses import JSONResponse, Response
 
-from server.chat import LONG_TEXT, encode_conversation, template_kwargs
 from server.completions import encode_prompts
+from server.conversation import LONG_TEXT, encode_conversation, template_kwargs
 from server.errors import invalid
 from server.fields import refuse_unsupported
 from server.protocol import DetokenizeRequest, TokenizeRequest

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import logging
 import os
@@ -17,6 +18,18 @@ from server.errors import invalid
 logger = logging.getLogger(__name__)
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json", "spiece.model")
+
+_BYTE_FALLBACK = re.compile("<0x([0-9A-F]{2})>")
+
+
+def _bytes_by_spelling() -> dict[str, int]:
+    """GPT-2's alphabet: printable bytes stand for themselves, the others for the characters from U+0100 on, in order."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+_BYTE_OF = _bytes_by_spelling()
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -34,6 +47,7 @@ class Tokenizer:
         tokenizer.model_max_length = sys.maxsize
         self._backend = getattr(tokenizer, "backend_tokenizer", None)
         added = tokenizer.added_tokens_decoder
+        self._added_ids = frozenset(added)
         self.special_ids: frozenset[int] = frozenset(i for i, token in added.items() if token.special)
         self.num_tokens: int = len(tokenizer)
         self.max_token_chars: int = max(map(len, tokenizer.get_vocab()))
@@ -44,6 +58,40 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         """Whether conversations can be rendered."""
         return bool(self._tokenizer.chat_template)
+
+    @property
+    def chat_template(self) -> str | None:
+        """The template's text; None without one, or where there are several."""
+        template = self._tokenizer.chat_template
+        return template if isinstance(template, str) else None
+
+    def id_of(self, text: str) -> int | None:
+        """The one token that is spelt like ``text``; None if there is none."""
+        found: int | None = self._tokenizer.get_vocab().get(text)
+        return found
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What a token adds to a text, which may be a part of a character.
+
+        A byte-level vocabulary spells each byte with a character of its own, one with byte fallback writes ``<0xE2>``, and
+        SentencePiece writes a space as U+2581. Added tokens are spelt as they are.
+        """
+        if token_id >= self.num_tokens:
+            return b""
+        spelling: str = self._tokenizer.convert_ids_to_tokens(token_id)
+        if token_id in self._added_ids:
+            return spelling.encode()
+        if self._is_byte_level:
+            return bytes(_BYTE_OF.get(character, 63) for character in spelling)
+        byte = _BYTE_FALLBACK.fullmatch(spelling)
+        if byte is not None:
+            return bytes([int(byte[1], 16)])
+        return spelling.replace("\u2581", " ").encode()
+
+    @functools.cached_property
+    def _is_byte_level(self) -> bool:
+        # The decoder's description is a few lines, unlike the whole tokenizer's, which has the vocabulary in it.
+        return self._backend is not None and "ByteLevel" in str(self._backend.decoder)
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Token ids of ``text``; ``add_special_tokens`` adds what the checkpoint puts around a text, such as BOS.
@@ -64,6 +112,7 @@ class Tokenizer:
         messages: Sequence[Mapping[str, Any]],
         template_kwargs: Mapping[str, Any],
         *,
+        tools: Sequence[Mapping[str, Any]] = (),
         add_generation_prompt: bool = True,
         add_special_tokens: bool = False,
     ) -> list[int]:
@@ -78,7 +127,11 @@ class Tokenizer:
             raise invalid(f"chat_template_kwargs must not set {reserved[0]}", "chat_template_kwargs")
         try:
             text = self._tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=add_generation_prompt, **template_kwargs
+                list(messages),
+                tools=list(tools) or None,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                **template_kwargs,
             )
         except Exception as error:
             # The template is a program of the checkpoint, and what it is fed comes from the client.

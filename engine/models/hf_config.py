@@ -6,6 +6,7 @@ model definition cannot compute exactly is refused with a ModelLoadError of one 
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -213,9 +214,10 @@ def read_sampling_defaults(folder: Path) -> SamplingDefaults:
         top_p=generation.number("top_p", 1.0),
         top_k=generation.integer("top_k", 0, minimum=0),
         min_p=generation.number("min_p", 0.0),
+        repetition_penalty=generation.number("repetition_penalty", 1.0),
     )
     try:
-        SamplingParams(1, 0, sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p)
+        SamplingParams(1, **dataclasses.asdict(sampling))
     except ValueError as error:
         raise ModelLoadError(f"{generation.source}: {error}") from error
     return sampling

@@ -9,6 +9,8 @@ from server.parsers.registry import (
     build_parser,
     detect_reasoning_format,
     detect_tool_format,
+    reasoning_format,
+    tool_format,
 )
 
 __all__ = [
@@ -26,4 +28,6 @@ __all__ = [
     "detect_reasoning_format",
     "detect_tool_format",
     "merge",
+    "reasoning_format",
+    "tool_format",
 ]

@@ -57,6 +57,24 @@ def detect_reasoning_format(chat_template: str | None) -> ReasoningFormat | None
     return ReasoningFormat.THINK if THINK_BEGIN in template or THINK_END in template else None
 
 
+AUTO, NONE = "auto", "none"
+"""What a setting may say instead of a format: what the template shows, or no format."""
+
+
+def tool_format(setting: str, chat_template: str | None) -> ToolFormat | None:
+    """The format of a setting; ``auto`` is what the template shows. Raises ValueError for an unknown one."""
+    if setting == AUTO:
+        return detect_tool_format(chat_template)
+    return None if setting == NONE else ToolFormat(setting)
+
+
+def reasoning_format(setting: str, chat_template: str | None) -> ReasoningFormat | None:
+    """The format of a setting; ``auto`` is what the template shows. Raises ValueError for an unknown one."""
+    if setting == AUTO:
+        return detect_reasoning_format(chat_template)
+    return None if setting == NONE else ReasoningFormat(setting)
+
+
 def begins_in_reasoning(prompt_text: str) -> bool:
     """Whether a rendered prompt ends by opening the model's thinking."""
     return prompt_text.rstrip().endswith(THINK_BEGIN)

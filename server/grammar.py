@@ -1,0 +1,189 @@
+"""Structured output: from what a client may ask for to a grammar that the engine follows.
+
+Grammars are llguidance's, which loads no torch. They are checked here, before the request is sent, in a thread: a wrong schema
+is a 400 that names the place in it. The engine compiles them once more, for its vocabulary.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import json
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llguidance._lib import JsonCompileOptions
+
+from server.errors import ApiError, invalid
+from server.protocol import GenerationFields
+
+MAX_GRAMMAR_CHARS = 262_144
+MAX_LOOKED_AT = 500
+"""Sub-schemas that are tried, one by one, to find the one that is wrong."""
+
+# A weak model may else write white space to the end of its context: JSON allows it nearly everywhere.
+JSON_OPTIONS: JsonCompileOptions = {"whitespace_flexible": True, "whitespace_pattern": r"[\x20\x0A\x0D\x09]{0,40}"}
+
+ANY_OBJECT = {"type": "object"}
+
+_IN_MAPPINGS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
+_IN_LISTS = ("anyOf", "oneOf", "allOf", "prefixItems")
+_IN_PLACE = ("items", "additionalProperties", "not", "if", "then", "else", "contains", "propertyNames")
+
+
+async def requested_grammar(fields: GenerationFields) -> str | None:
+    """The grammar that a request's fields ask for, checked; None for free text. Raises a 400."""
+    asked = [(name, value) for name, value in _requested(fields) if value is not None]
+    if len(asked) > 1:
+        names = " and ".join(name for name, _ in asked)
+        raise invalid(f"{names} both constrain the output; send one of them", asked[1][0])
+    if not asked:
+        return None
+    (param, (kind, value)) = asked[0]
+    match kind:
+        case "json":
+            return await json_grammar(value, param)
+        case "regex":
+            return await _checked_text("grammar_from_regex", value, param)
+        case "grammar":
+            return await _checked_text("grammar_from_lark", value, param)
+    if not isinstance(value, list) or not value or not all(isinstance(choice, str) and choice for choice in value):
+        raise invalid(f"{param} must be a list of texts that are not empty", param)
+    choices = " | ".join(json.dumps(choice) for choice in value)
+    return await _checked_text("grammar_from_lark", f"start: {choices}", param)
+
+
+def _requested(fields: GenerationFields) -> Iterator[tuple[str, tuple[str, Any] | None]]:
+    yield "response_format", _response_format(fields.response_format)
+    yield "structured_outputs", _structured_outputs(fields.structured_outputs)
+    for kind in ("json", "regex", "choice", "grammar"):
+        value = getattr(fields, f"guided_{kind}")
+        yield f"guided_{kind}", None if value is None else (kind, value)
+
+
+def _response_format(value: Mapping[str, Any] | None) -> tuple[str, Any] | None:
+    if value is None:
+        return None
+    match value.get("type"):
+        case "text":
+            return None
+        case "json_object":
+            return "json", ANY_OBJECT
+        case "json_schema":
+            schema = value.get("json_schema")
+            if not isinstance(schema, dict) or not isinstance(schema.get("schema"), dict):
+                raise invalid("response_format.json_schema must be an object with a schema in it", "response_format")
+            return "json", schema["schema"]
+    kind = str(value.get("type"))[:50]
+    raise invalid(f"response_format.type must be text, json_object or json_schema, got {kind!r}", "response_format")
+
+
+def _structured_outputs(value: Mapping[str, Any] | None) -> tuple[str, Any] | None:
+    if value is None:
+        return None
+    kinds = ("json", "regex", "choice", "grammar", "json_object")
+    asked = {name: v for name, v in value.items() if v is not None and v is not False}
+    if len(asked) != 1 or next(iter(asked)) not in kinds:
+        raise invalid(f"structured_outputs must have exactly one of {', '.join(kinds)}", "structured_outputs")
+    ((kind, content),) = asked.items()
+    return ("json", ANY_OBJECT) if kind == "json_object" else (kind, content)
+
+
+async def json_grammar(schema: Any, param: str, where: str = "the schema") -> str:
+    """The grammar of a JSON schema, which may be an object or its text. Raises a 400 that names the place in the schema."""
+    if isinstance(schema, str):
+        try:
+            schema = json.loads(schema)
+        except ValueError as error:
+            raise invalid(f"{where} is not JSON: {error}", param) from error
+    if not isinstance(schema, dict):
+        raise invalid(f"{where} must be a JSON object", param)
+    text = json.dumps(schema)
+    if len(text) > MAX_GRAMMAR_CHARS:
+        raise invalid(f"{where} has {len(text)} characters, more than the {MAX_GRAMMAR_CHARS} allowed; simplify it", param)
+    grammar, path, problem = await asyncio.to_thread(_compile_json, text)
+    if problem:
+        raise _refused(f"{where} cannot be used, at {path}: {problem}", param)
+    return grammar
+
+
+async def _checked_text(constructor: str, text: Any, param: str) -> str:
+    if not isinstance(text, str) or not text:
+        raise invalid(f"{param} must be a text that is not empty", param)
+    if len(text) > MAX_GRAMMAR_CHARS:
+        raise invalid(f"{param} has {len(text)} characters, more than the {MAX_GRAMMAR_CHARS} allowed", param)
+    grammar, problem = await asyncio.to_thread(_compile_text, constructor, text)
+    if problem:
+        raise _refused(f"{param} cannot be used: {problem}", param)
+    return grammar
+
+
+def _refused(message: str, param: str) -> ApiError:
+    return invalid(message, param, code="invalid_grammar")
+
+
+@functools.lru_cache(maxsize=64)
+def _compile_json(text: str) -> tuple[str, str, str]:
+    """The grammar, or the path of what is wrong and why."""
+    schema = json.loads(text)
+    grammar, problem = _try_schema(schema)
+    return grammar, (_locate(schema) if problem else ""), problem
+
+
+@functools.lru_cache(maxsize=64)
+def _compile_text(constructor: str, text: str) -> tuple[str, str]:
+    from llguidance import LLMatcher
+
+    grammar: str = getattr(LLMatcher, constructor)(text)
+    return grammar, _one_line(LLMatcher.validate_grammar(grammar))
+
+
+def _try_schema(schema: Any) -> tuple[str, str]:
+    from llguidance import LLMatcher
+
+    try:
+        grammar: str = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=JSON_OPTIONS)
+    except ValueError as error:
+        return "", _one_line(str(error))
+    return grammar, _one_line(LLMatcher.validate_grammar(grammar))
+
+
+def _locate(root: dict[str, Any]) -> str:
+    """The path of the deepest sub-schema that is wrong by itself, as a JSON path from ``$``.
+
+    llguidance says what is wrong, but not where. Each sub-schema is tried with the root's definitions, so that its references
+    can be followed.
+    """
+    definitions = {name: root[name] for name in ("$defs", "definitions") if name in root}
+    path, schema, looked_at = "$", root, 0
+    while True:
+        for step, child in _children(schema):
+            looked_at += 1
+            if looked_at > MAX_LOOKED_AT:
+                return path
+            if _try_schema({**definitions, **child} if isinstance(child, dict) else child)[1]:
+                path, schema = path + step, child
+                break
+        else:
+            return path
+
+
+def _children(schema: Any) -> Iterator[tuple[str, Any]]:
+    if not isinstance(schema, dict):
+        return
+    for keyword in _IN_MAPPINGS:
+        values = schema.get(keyword)
+        for name, child in values.items() if isinstance(values, dict) else ():
+            yield f".{keyword}.{name}" if name.isidentifier() else f".{keyword}[{json.dumps(name)}]", child
+    for keyword in _IN_LISTS:
+        values = schema.get(keyword)
+        for index, child in enumerate(values) if isinstance(values, list) else ():
+            yield f".{keyword}[{index}]", child
+    for keyword in _IN_PLACE:
+        if isinstance(schema.get(keyword), dict):
+            yield f".{keyword}", schema[keyword]
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())[:200]
