@@ -71,6 +71,7 @@ class RowBuilder:
             slot_mapping_R=self._slot_mapping(layout, positions_R, block_table_NP, num_drafts_N),
             attention=AttentionMetadata(
                 row_starts=layout.row_starts,
+                device_row_starts=layout.device_row_starts,
                 prefix_lengths=computed_N,
                 max_prefix=tuple(r.max_computed for r in plan.requests),
                 block_table=block_table_NP,

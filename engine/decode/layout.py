@@ -47,6 +47,7 @@ class RequestShape(NamedTuple):
 class StepLayout:
     """Index tensors of one combination of shapes.
 
+    ``row_starts``: where each request's rows begin, and their end; ``device_row_starts`` are the same numbers on the device.
     ``request_R``: the request (in plan order) of a row. ``clean_R``: whether it is a clean row; ``index_R``: its number within
     the request. ``rank_R``, ``in_block_R``: for a branch's row, the branch's rank and its own number in the block, ``ANCHOR``
     before mask 0. ``has_anchor_N``: which requests have anchors. ``prefill_rows``, ``verify_rows_D`` and ``draft_rows`` (all
@@ -57,6 +58,7 @@ class StepLayout:
     """
 
     row_starts: tuple[int, ...]
+    device_row_starts: Tensor
     num_rows: int
     max_drafts: int
     max_branches: int
@@ -114,6 +116,7 @@ def build_layout(shapes: tuple[RequestShape, ...], first_masks: bool, device: to
     masks_NBK[request_R[mask_rows], rank_R[mask_rows], in_block_R[mask_rows]] = places
     return StepLayout(
         row_starts=(0, *ends_N.tolist()),
+        device_row_starts=torch.nn.functional.pad(ends_N, (1, 0)).to(device),
         num_rows=len(request_R),
         max_drafts=max(shape.num_drafts for shape in shapes),
         max_branches=max_branches,

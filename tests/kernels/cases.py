@@ -12,6 +12,9 @@ from kernels.mask_layout import CLEAN
 from kernels.paged_attention import reference
 from kernels.paged_attention.metadata import AttentionMetadata
 
+TENSORS = ("device_row_starts", "prefix_lengths", "block_table", "limit", "branch")
+"""The fields of the metadata that live on the device."""
+
 
 @dataclass(frozen=True)
 class Request:
@@ -93,7 +96,7 @@ class Case:
         device = device or self.q.device
         metadata = replace(
             self.metadata,
-            **{name: getattr(self.metadata, name).to(device) for name in ("prefix_lengths", "block_table", "limit", "branch")},
+            **{name: getattr(self.metadata, name).to(device) for name in TENSORS},
         )
         floats = {name: getattr(self, name).to(device, dtype) for name in ("q", "k", "v", "k_cache", "v_cache")}
         return replace(self, **floats, held=self.held.to(device), metadata=metadata)
@@ -134,6 +137,7 @@ def build(requests: tuple[Request, ...], shape: Shape, dtype: torch.dtype, seed:
         branch += request_branch
     metadata = AttentionMetadata(
         row_starts=tuple(starts),
+        device_row_starts=torch.tensor(starts),
         prefix_lengths=torch.tensor([r.prefix for r in requests]),
         max_prefix=tuple(r.prefix + r.slack for r in requests),
         block_table=table,

@@ -112,6 +112,7 @@ def test_prefill_chunks_and_decode_steps_share_a_step() -> None:
 def test_logits_of_masks_are_found_by_request_rank_and_number() -> None:
     layout = build_layout((RequestShape(0, 2, 2, 3), RequestShape(1, 1, 1, 2)), False, CPU)
     assert layout.row_starts == (0, 8, 12)
+    assert layout.device_row_starts.tolist() == [0, 8, 12]
     assert layout.verify_rows_D.tolist() == [0, 1, 9]
     assert layout.verify_request_D.tolist() == [0, 0, 1]
     assert layout.verify_index_D.tolist() == [0, 1, 0]
