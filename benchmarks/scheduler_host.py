@@ -42,12 +42,11 @@ def make_scheduler(num_requests: int, mode: DecodingMode, prompt_tokens: int) ->
 def judge(plan: StepPlan, rng: random.Random) -> StepResult:
     """What a device could answer: some of the drafts accepted, and mostly a branch hit."""
     results = []
-    for share in plan.requests:
-        drafts, branches = share.draft_plan.num_drafts, share.draft_plan.num_branches
+    for _, drafts, branches, block_length, *_ in plan.shapes.tolist():
         emitted = rng.randint(1, drafts) if drafts else 0
-        held = share.draft_plan.block_length if branches and rng.random() < 0.8 else 1
+        held = block_length if branches and rng.random() < 0.8 else 1
         results.append(RequestResult(tuple(range(1, emitted + 1)), drafts, held, emitted))
-    return StepResult(plan.step_id, tuple(results))
+    return StepResult.of(plan.step_id, results)
 
 
 def measure(scheduler: Scheduler, num_steps: int) -> tuple[list[float], list[float]]:
@@ -62,7 +61,7 @@ def measure(scheduler: Scheduler, num_steps: int) -> tuple[list[float], list[flo
         judged = time.perf_counter()
         scheduler.apply(plan, result)
         applied = time.perf_counter()
-        if all(not share.prefill_token_ids for share in plan.requests):
+        if not plan.num_prefill.any():
             schedule_seconds.append(scheduled - begun)
             apply_seconds.append(applied - judged)
     return schedule_seconds, apply_seconds

@@ -9,14 +9,16 @@ Shape suffixes: S slots, K drafts a request may hold, P pages of the longest req
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, fields
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from engine.decode.penalties import TokenCounts, TokenTable
 from engine.sampling_params import DecodingMode, SamplingParams
-from engine.step import Admission, PageUpdate
+from engine.step import Admission, IntArray, StepPlan
+from engine.upload import upload
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +48,35 @@ class SamplingNeeds:
         )
 
 
+class HostColumns:
+    """What the host has to know of each slot's request to choose the code of a step.
+
+    ``num_logprobs_S``, ``num_prompt_logprobs_S``: alternatives asked for, -1 where none are wanted at all.
+    """
+
+    def __init__(self, num_slots: int) -> None:
+        self._needs_SF = np.zeros((num_slots, len(fields(SamplingNeeds))), dtype=bool)
+        self._is_diffusion_S = np.zeros(num_slots, dtype=bool)
+        self.num_logprobs_S = np.full(num_slots, -1)
+        self.num_prompt_logprobs_S = np.full(num_slots, -1)
+
+    def admit(self, admission: Admission) -> None:
+        """A request takes its slot."""
+        slot, sampling = admission.slot, admission.sampling
+        self._needs_SF[slot] = astuple(SamplingNeeds.of([sampling]))
+        self._is_diffusion_S[slot] = admission.mode is DecodingMode.DIFFUSION
+        self.num_logprobs_S[slot] = -1 if sampling.logprobs is None else sampling.logprobs
+        self.num_prompt_logprobs_S[slot] = -1 if sampling.prompt_logprobs is None else sampling.prompt_logprobs
+
+    def needs(self, slots: IntArray) -> SamplingNeeds:
+        """The union over the requests in these slots."""
+        return SamplingNeeds(*np.any(self._needs_SF[slots], axis=0).tolist())
+
+    def has_diffusion(self, slots: IntArray) -> bool:
+        """Whether one of these slots' requests is decoded by diffusion."""
+        return bool(self._is_diffusion_S[slots].any())
+
+
 class InputBatch:
     """What a slot's request has computed, holds and wants, its pages and its sampling parameters."""
 
@@ -56,7 +87,8 @@ class InputBatch:
         def floats(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.float32, device=device)
 
-        self.device, self.vocab_size = device, vocab_size
+        self.device, self.vocab_size, self.num_slots = device, vocab_size, num_slots
+        self.host = HostColumns(num_slots)
         self.block_table_SP = integers(num_slots, max_pages)
         self.num_computed_S = integers(num_slots)
         self.num_held_S = integers(num_slots)
@@ -76,24 +108,22 @@ class InputBatch:
         self.stop_at_S = integers(num_slots)
         self.counts: TokenCounts | None = None
         self.biases, self.stops = TokenTable(num_slots, device), TokenTable(num_slots, device)
-        self.params: list[SamplingParams] = [SamplingParams(max_tokens=1)] * num_slots
-        self.modes: list[DecodingMode] = [DecodingMode.AR] * num_slots
 
-    def update(self, admissions: Sequence[Admission], page_updates: Sequence[PageUpdate]) -> None:
+    def update(self, plan: StepPlan) -> None:
         """Put newly admitted requests in their slots and extend block tables."""
-        for admission in admissions:
+        for admission in plan.admissions:
             self._admit(admission)
-        for update in page_updates:
-            pages = torch.tensor(update.page_ids, device=self.device)
-            self.block_table_SP[update.slot, update.first : update.first + len(update.page_ids)] = pages
+        if len(plan.page_updates):
+            slots, numbers, pages = upload(plan.page_updates, self.device).unbind(1)
+            self.block_table_SP[slots, numbers] = pages
 
     def _admit(self, admission: Admission) -> None:
         slot, sampling = admission.slot, admission.sampling
+        self.host.admit(admission)
         self.num_computed_S[slot] = admission.num_computed
         self.num_held_S[slot] = 1
         self.wanted_S[slot] = admission.wanted
         self.drafts_SK[slot, 0] = admission.last_token_id
-        self.modes[slot] = admission.mode
         self.is_tidar_S[slot] = admission.mode is DecodingMode.TIDAR
         self.is_diffusion_S[slot] = admission.mode is DecodingMode.DIFFUSION
         self.is_decided_SK[slot] = False
@@ -102,7 +132,6 @@ class InputBatch:
         self.top_k_S[slot] = sampling.top_k
         self.top_p_S[slot] = sampling.top_p
         self.min_p_S[slot] = sampling.min_p
-        self.params[slot] = sampling
         self._admit_history(admission)
 
     def _admit_history(self, admission: Admission) -> None:
@@ -113,7 +142,7 @@ class InputBatch:
         self.presence_S[slot] = sampling.presence_penalty
         if sampling.has_penalties:
             if self.counts is None:
-                self.counts = TokenCounts(len(self.params), self.vocab_size, self.device)
+                self.counts = TokenCounts(self.num_slots, self.vocab_size, self.device)
             self.counts.reset(slot, admission.prompt_token_ids, admission.output_token_ids)
         self.biases.set(slot, sampling.logit_bias)
         # Stops are free once at most this many tokens are wanted; without min_tokens, from the start.

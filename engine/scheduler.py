@@ -35,7 +35,6 @@ from engine.step import (
     NO_DRAFTS,
     Admission,
     DraftPlan,
-    PageUpdate,
     RequestResult,
     ScheduledRequest,
     StepPlan,
@@ -48,15 +47,18 @@ class _PlanBuilder:
 
     def __init__(self, budget: int) -> None:
         self.budget = budget
-        self.requests: list[ScheduledRequest] = []
+        self.shares: list[tuple[Request, ScheduledRequest]] = []
         self.admissions: list[Admission] = []
-        self.page_updates: list[PageUpdate] = []
+        self.page_updates: list[tuple[int, int, int]] = []
         self.preempted = False
 
     def build(self, step_id: int) -> StepPlan | None:
-        if not self.requests:
+        if not self.shares:
             return None
-        return StepPlan(step_id, tuple(self.requests), tuple(self.admissions), tuple(self.page_updates))
+        return StepPlan.of(step_id, [share for _, share in self.shares], self.admissions, self.page_updates)
+
+    def update_pages(self, slot: int, first: int, page_ids: Sequence[int]) -> None:
+        self.page_updates += [(slot, number, page) for number, page in enumerate(page_ids, start=first)]
 
 
 class Scheduler:
@@ -80,6 +82,7 @@ class Scheduler:
         self._free_slots = list(reversed(range(config.max_num_seqs)))
         self._rejected: list[RequestOutput] = []
         self._step_id = 0
+        self._launched: dict[int, list[tuple[Request, ScheduledRequest]]] = {}
 
     @property
     def has_work(self) -> bool:
@@ -154,6 +157,8 @@ class Scheduler:
             if not self._admit(self.waiting[0], builder):
                 break
         self._step_id += 1
+        if builder.shares:
+            self._launched[self._step_id] = builder.shares
         return builder.build(self._step_id)
 
     def _schedule(self, request: Request, builder: _PlanBuilder, budget: int) -> None:
@@ -174,16 +179,14 @@ class Scheduler:
         if request.status is not RequestStatus.RUNNING:
             return
         share = ScheduledRequest(
-            request.request_id,
             request.slot,
             prefill,
             plan,
             max_computed,
             _prompt_targets(request, computed, len(prefill)),
-            request.message.sampling.logprobs is not None,
         )
         request.in_flight.append(share)
-        builder.requests.append(share)
+        builder.shares.append((request, share))
         builder.budget -= share.num_rows
 
     def _draft_plan(self, request: Request, budget: int) -> DraftPlan:
@@ -213,7 +216,7 @@ class Scheduler:
             pages = self.kv.allocate(cache, min(start + plan.num_drafts, request.max_computed))
             if pages is not None:
                 if pages:
-                    builder.page_updates.append(PageUpdate(request.slot, first, pages))
+                    builder.update_pages(request.slot, first, pages)
                 return plan
             room = first * self.kv.page_size - start
             if 1 <= room < plan.num_drafts:
@@ -238,7 +241,7 @@ class Scheduler:
         request.status, request.cache, request.slot, request.num_held = RequestStatus.RUNNING, cache, self._free_slots.pop(), 1
         builder.admissions.append(self._admission(request, cache.num_computed))
         if cache.page_ids:
-            builder.page_updates.append(PageUpdate(request.slot, 0, tuple(cache.page_ids)))
+            builder.update_pages(request.slot, 0, cache.page_ids)
         if not request.scheduled_at:
             request.scheduled_at = time.monotonic()
             request.num_cached_tokens = cache.num_computed
@@ -258,6 +261,7 @@ class Scheduler:
             # min_tokens holds an EOS back even where it would not end the request.
             stop_token_ids=tuple(sorted(self.eos_token_ids.union(message.sampling.stop_token_ids))),
             matcher=request.grammar.start() if request.grammar else None,
+            request_id=request.request_id,
         )
 
     def _preempt(self, request: Request) -> None:
@@ -287,10 +291,9 @@ class Scheduler:
         """Commit what a judged step computed, append its tokens, finish what is finished; returns what there is to say."""
         assert plan.step_id == result.step_id, "a result belongs to another plan"
         outputs = []
-        for share, judged in zip(plan.requests, result.requests, strict=True):
-            request = self.requests.get(share.request_id)
+        for (request, share), judged in zip(self._launched.pop(plan.step_id), result.requests(), strict=True):
             # The request was finished, aborted or preempted after this step was launched: its share no longer counts.
-            if request is None or not request.in_flight or request.in_flight[0] is not share:
+            if not request.in_flight or request.in_flight[0] is not share:
                 continue
             output = self._apply(request, share, judged)
             if output is not None:

@@ -59,20 +59,25 @@ class GrammarTable:
 
     def constrained(self, plan: StepPlan) -> list[int]:
         """Which requests of a plan have a grammar and something to verify, as indices into it."""
-        return [i for i, share in enumerate(plan.requests) if share.slot in self._by_slot and share.draft_plan.num_drafts > 0]
+        if not self._by_slot:
+            return []
+        bounds = zip(plan.slots.tolist(), plan.num_drafts.tolist(), strict=True)
+        return [i for i, (slot, num_drafts) in enumerate(bounds) if slot in self._by_slot and num_drafts > 0]
 
-    def error(self, slot: int) -> str | None:
-        """Why the slot's request cannot go on, if it cannot."""
-        state = self._by_slot.get(slot)
-        return state.error if state else None
+    def errors(self, plan: StepPlan) -> dict[int, str]:
+        """Why requests of a plan cannot go on, by their number in it."""
+        if not self._by_slot:
+            return {}
+        states = ((i, self._by_slot.get(slot)) for i, slot in enumerate(plan.slots.tolist()))
+        return {i: state.error for i, state in states if state is not None and state.error is not None}
 
     def verify_rows(self, plan: StepPlan, layout: StepLayout, constrained: Sequence[int]) -> GrammarRows | None:
         """The masks of the rows that verify these requests' drafts."""
         if not constrained:
             return None
-        counts = [plan.requests[i].draft_plan.num_drafts for i in constrained]
+        counts = plan.num_drafts[list(constrained)].tolist()
         rows = [layout.verify_starts[i] + j for i, count in zip(constrained, counts, strict=True) for j in range(count)]
-        masks = [self._by_slot[plan.requests[i].slot].masks[:n] for i, n in zip(constrained, counts, strict=True)]
+        masks = [self._by_slot[int(plan.slots[i])].masks[:n] for i, n in zip(constrained, counts, strict=True)]
         return GrammarRows(torch.tensor(rows, device=self._device), torch.cat(masks).to(self._device))
 
     def advance(self, slot: int, token_ids: Sequence[int]) -> None:
@@ -108,7 +113,7 @@ class GrammarTable:
         read = torch.cat((counts_N2[chosen_C], sampled_ND[chosen_C], batch.drafts_SK[slot_C]), dim=1).tolist()
         walks = []
         for i, row in zip(constrained, read, strict=True):
-            slot, num_emitted, num_held = plan.requests[i].slot, row[0], row[1]
+            slot, num_emitted, num_held = int(plan.slots[i]), row[0], row[1]
             self.advance(slot, row[2 : 2 + num_emitted])
             walks.append(DraftWalk(slot, row[2 + width : 2 + width + num_held]))
         computed_C = batch.num_computed_S[slot_C]

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from engine.decode.calibration import SurvivalTable
-from engine.decode.layout import RequestShape, StepLayout, build_layout
+from engine.decode.layout import StepLayout, build_layout
 from engine.decode.verify import rank_branches
 from engine.input_batch import InputBatch, SamplingNeeds
-from engine.sampling_params import DecodingMode
 from engine.step import StepPlan
+from engine.upload import upload
 from kernels.mask_layout import CLEAN
 from kernels.paged_attention.metadata import AttentionMetadata
 
@@ -54,9 +54,9 @@ class RowBuilder:
         ``first_masks``: the logits of mask 0 are wanted, whoever is in the step.
         """
         batch, device = self.batch, self.batch.device
-        has_diffusion = any(batch.modes[r.slot] is DecodingMode.DIFFUSION for r in plan.requests)
-        layout = build_layout(tuple(RequestShape.of(r) for r in plan.requests), first_masks or has_diffusion, device)
-        slot_N = torch.tensor([r.slot for r in plan.requests], device=device)
+        has_diffusion = batch.host.has_diffusion(plan.slots)
+        layout = build_layout(plan.shapes, first_masks or has_diffusion, device)
+        slot_N = upload(plan.slots, device)
         computed_N = batch.num_computed_S[slot_N]
         num_drafts_N = self._num_drafts(layout, slot_N)
         order_NB = self._choose_branches(layout, slot_N, num_drafts_N)
@@ -73,7 +73,7 @@ class RowBuilder:
                 row_starts=layout.row_starts,
                 device_row_starts=layout.device_row_starts,
                 prefix_lengths=computed_N,
-                max_prefix=tuple(r.max_computed for r in plan.requests),
+                max_prefix=tuple(plan.max_computed.tolist()),
                 block_table=block_table_NP,
                 limit=limit_R,
                 branch=branch_R,
@@ -82,7 +82,7 @@ class RowBuilder:
             slot_N=slot_N,
             num_drafts_N=num_drafts_N,
             order_NB=order_NB,
-            needs=SamplingNeeds.of([batch.params[r.slot] for r in plan.requests]),
+            needs=batch.host.needs(plan.slots),
             has_diffusion=has_diffusion,
         )
 
@@ -120,8 +120,7 @@ class RowBuilder:
             drafts_D = batch.drafts_SK[slot_N[layout.verify_request_D], layout.verify_index_D]
             token_ids_R[layout.verify_rows_D] = drafts_D
         if len(layout.prefill_rows):
-            prefill = [token for r in plan.requests for token in r.prefill_token_ids]
-            token_ids_R[layout.prefill_rows] = torch.tensor(prefill, device=batch.device)
+            token_ids_R[layout.prefill_rows] = upload(plan.prefill_token_ids, batch.device)
         return token_ids_R
 
     def _block_token_ids(self, layout: StepLayout, slot_N: Tensor, order_NB: Tensor) -> Tensor:

@@ -11,36 +11,15 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from engine.step import ScheduledRequest
+from engine.step import IntArray, RequestShape
 
 ANCHOR = -1
 """The number in its block of an anchor's row, which stands before mask 0."""
-
-
-class RequestShape(NamedTuple):
-    """The bounds of one request's share, all that a layout depends on.
-
-    The first ``num_prompt_logits`` prefill rows need logits. ``has_anchor``: branches begin with a copy of their draft.
-    """
-
-    num_prefill: int
-    num_drafts: int
-    num_branches: int
-    block_length: int
-    has_anchor: bool = False
-    num_prompt_logits: int = 0
-
-    @staticmethod
-    def of(share: ScheduledRequest) -> RequestShape:
-        """The shape of a request's share of a step."""
-        plan, prefill = share.draft_plan, len(share.prefill_token_ids)
-        anchor, targets = plan.has_anchor, len(share.prompt_targets)
-        return RequestShape(prefill, plan.num_drafts, plan.num_branches, plan.block_length, anchor, targets)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,15 +63,21 @@ class StepLayout:
     block_length_N: Tensor
 
 
-@functools.lru_cache(maxsize=256)
-def build_layout(shapes: tuple[RequestShape, ...], first_masks: bool, device: torch.device) -> StepLayout:
-    """The layout of a step whose requests have these shapes.
+def build_layout(shapes: IntArray, first_masks: bool, device: torch.device) -> StepLayout:
+    """The layout of a step whose requests have these shapes [N, 6], see ``RequestShape``. Built once, then found again.
 
     ``first_masks``: mask 0 needs logits too. It stands at the position of a token that verification emits, so otherwise it
     would be computed for nothing.
     """
+    return _build_layout(shapes.tobytes(), first_masks, device)
+
+
+@functools.lru_cache(maxsize=256)
+def _build_layout(packed_shapes: bytes, first_masks: bool, device: torch.device) -> StepLayout:
+    numbers = np.frombuffer(packed_shapes, dtype=np.int64).reshape(-1, len(RequestShape._fields))
+    shapes = [RequestShape._make(row) for row in numbers.tolist()]
     columns = torch.tensor(shapes, dtype=torch.long).unbind(1)
-    num_prefill_N, num_drafts_N, num_branches_N, block_length_N, has_anchor_N, num_prompt_logits_N = columns
+    num_prefill_N, num_drafts_N, num_branches_N, block_length_N, has_anchor_N, num_prompt_targets_N = columns
     num_clean_N = num_prefill_N + num_drafts_N
     branch_rows_N = block_length_N + has_anchor_N
     num_rows_N = num_clean_N + num_branches_N * branch_rows_N
@@ -108,7 +93,7 @@ def build_layout(shapes: tuple[RequestShape, ...], first_masks: bool, device: to
 
     verify_rows_D = _numbers(clean_R & (index_R >= num_prefill_R))
     mask_rows = _numbers(~clean_R & (in_block_R >= (0 if first_masks else 1)))
-    logit_rows = torch.cat((verify_rows_D, mask_rows, _numbers(index_R < num_prompt_logits_N[request_R])))
+    logit_rows = torch.cat((verify_rows_D, mask_rows, _numbers(index_R < num_prompt_targets_N[request_R])))
     max_branches = max(shape.num_branches for shape in shapes)
     max_block = max((shape.block_length for shape in shapes if shape.num_branches), default=1)
     masks_NBK = torch.zeros((len(shapes), max_branches, max_block), dtype=torch.long)

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from engine.decode.inputs import StepInputs
-from engine.input_batch import InputBatch
+from engine.input_batch import HostColumns
 from engine.messages import TokenLogprobs
 from engine.step import StepPlan
+from engine.upload import upload
 
 ROWS_AT_ONCE = 256
 """Bounds the memory of a long prompt over a large vocabulary."""
@@ -53,22 +55,22 @@ def _raw_logprobs(logits_QV: Tensor, token_Q: Tensor, num_top: int) -> tuple[Ten
 
 
 def verified_logprobs(
-    batch: InputBatch, plan: StepPlan, inputs: StepInputs, logits_QV: Tensor, sampled_ND: Tensor
+    host: HostColumns, plan: StepPlan, inputs: StepInputs, logits_QV: Tensor, sampled_ND: Tensor
 ) -> Logprobs | None:
     """Of every verifying row of the requests that want them, request by request."""
-    starts, asked = inputs.layout.verify_starts, [batch.params[r.slot].logprobs for r in plan.requests]
-    rows = [row for i, n in enumerate(asked) if n is not None for row in range(starts[i], starts[i + 1])]
+    layout, asked_N = inputs.layout, host.num_logprobs_S[plan.slots]
+    wanting = np.flatnonzero(asked_N >= 0).tolist()
+    rows = [row for i in wanting for row in range(layout.verify_starts[i], layout.verify_starts[i + 1])]
     if not rows:
         return None
-    rows_Q = torch.tensor(rows, device=batch.device)
-    tokens_Q = sampled_ND[inputs.layout.verify_request_D[rows_Q], inputs.layout.verify_index_D[rows_Q]]
-    return raw_logprobs(logits_QV[rows_Q], tokens_Q, max(n for n in asked if n is not None))
+    rows_Q = upload(rows, logits_QV.device)
+    tokens_Q = sampled_ND[layout.verify_request_D[rows_Q], layout.verify_index_D[rows_Q]]
+    return raw_logprobs(logits_QV[rows_Q], tokens_Q, int(asked_N.max()))
 
 
-def prompt_logprobs(batch: InputBatch, plan: StepPlan, inputs: StepInputs, logits_QV: Tensor) -> Logprobs | None:
+def prompt_logprobs(host: HostColumns, plan: StepPlan, inputs: StepInputs, logits_QV: Tensor) -> Logprobs | None:
     """Of the prompt tokens that follow this step's prefill rows, for the requests that want them."""
-    targets = [token for r in plan.requests for token in r.prompt_targets]
-    if not targets:
+    if not len(plan.prompt_targets):
         return None
-    most = max(batch.params[r.slot].prompt_logprobs or 0 for r in plan.requests)
-    return raw_logprobs(logits_QV[inputs.layout.prompt_logits :], torch.tensor(targets, device=batch.device), most)
+    most = int(host.num_prompt_logprobs_S[plan.slots].max())
+    return raw_logprobs(logits_QV[inputs.layout.prompt_logits :], upload(plan.prompt_targets, logits_QV.device), most)

@@ -35,13 +35,13 @@ def step_timer(decoder: TidarDecoder, runner: ModelRunner, block_length: int) ->
     @torch.inference_mode()
     def timed(num_requests: int, plan: DraftPlan, context: int) -> float:
         admissions = tuple(Admission(i, context, (0,), (), DecodingMode.TIDAR, sampling) for i in range(num_requests))
-        shares = tuple(ScheduledRequest("", i, (), plan, context) for i in range(num_requests))
+        admit = StepPlan.of(0, (), admissions)
+        step = StepPlan.of(0, [ScheduledRequest(i, (), plan, context) for i in range(num_requests)])
         seconds = []
         for _ in range(REPEATS):
-            decoder.batch.update(admissions, ())
+            decoder.batch.update(admit)
             decoder.batch.num_held_S[:num_requests] = block_length
             begun = time.perf_counter()
-            step = StepPlan(0, shares, (), ())
             inputs = decoder.lay_out(step)
             decoder.judge(step, inputs, runner.execute(inputs)).read()
             seconds.append(time.perf_counter() - begun)

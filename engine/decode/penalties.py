@@ -8,8 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from engine.upload import upload
 
 
 class TokenCounts:
@@ -22,9 +25,11 @@ class TokenCounts:
     def reset(self, slot: int, prompt: Sequence[int], output: Sequence[int]) -> None:
         """A request takes the slot."""
         device, vocab_size = self.output_SV.device, self.output_SV.shape[1]
-        self.in_prompt_SV[slot].zero_()[torch.tensor(prompt, device=device)] = True
-        counts = torch.bincount(torch.tensor(output, dtype=torch.long, device=device), minlength=vocab_size)
-        self.output_SV[slot] = counts.to(torch.int32)
+        said = np.zeros(vocab_size, dtype=bool)
+        said[list(prompt)] = True
+        self.in_prompt_SV[slot] = upload(said, device)
+        counts = np.bincount(np.array(output, dtype=np.int64), minlength=vocab_size)
+        self.output_SV[slot] = upload(counts.astype(np.int32), device)
 
     def add(self, slot_N: Tensor, tokens_NK: Tensor, num_N: Tensor) -> None:
         """The first ``num`` of a slot's ``tokens`` were emitted."""
@@ -59,5 +64,5 @@ class TokenTable:
         self.values_SW[slot].zero_()
         if entries:
             ids, values = zip(*entries, strict=True)
-            self.ids_SW[slot, : len(ids)] = torch.tensor(ids, device=self.ids_SW.device)
-            self.values_SW[slot, : len(ids)] = torch.tensor(values, dtype=torch.float64, device=self.ids_SW.device)
+            self.ids_SW[slot, : len(ids)] = upload(ids, self.ids_SW.device)
+            self.values_SW[slot, : len(ids)] = upload(np.array(values, dtype=np.float64), self.ids_SW.device)

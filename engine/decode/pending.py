@@ -2,33 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping
 from itertools import islice
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from engine.decode.logprobs import Logprobs
-from engine.step import RequestResult, StepPlan, StepResult
+from engine.input_batch import HostColumns
+from engine.messages import TokenLogprobs
+from engine.step import IntArray, StepPlan, StepResult
 
 
 class PendingResult:
     """A judged step that the host has not read yet. ``read`` waits for the device.
 
-    ``packed`` [N, 4 + K]: emitted, verified, held and committed counts of each request, then its tokens. ``logprobs`` are
-    those of all verifying rows of the requests that want them, ``prompt_logprobs`` of all prompt targets, in the plan's order.
+    ``packed`` [N, 4 + K]: emitted, verified, held and committed counts of each request, then its tokens; None for a step of
+    prefill chunks alone. ``logprobs`` are those of all verifying rows of the requests that want them, ``prompt_logprobs`` of
+    all prompt targets, in the plan's order.
     """
 
     def __init__(
         self,
         plan: StepPlan,
+        host: HostColumns,
         packed: Tensor | None,
         logprobs: Logprobs | None = None,
         prompt_logprobs: Logprobs | None = None,
-        errors: Sequence[str | None] = (),
+        errors: Mapping[int, str] | None = None,
     ) -> None:
-        self._plan, self._event = plan, None
-        self._packed, self._logprobs, self._prompt_logprobs, self._errors = packed, logprobs, prompt_logprobs, errors
+        self._plan, self._event, self._packed, self._errors = plan, None, packed, errors or {}
+        self._logprobs, self._prompt_logprobs = logprobs, prompt_logprobs
+        # Whose they are: a slot may have another request when the step is read.
+        self._wants_logprobs = np.flatnonzero(host.num_logprobs_S[plan.slots] >= 0).tolist() if logprobs else []
         if packed is not None and packed.is_cuda:
             self._packed = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
             self._packed.copy_(packed, non_blocking=True)
@@ -38,25 +45,23 @@ class PendingResult:
         """The result as plain data."""
         if self._event is not None:
             self._event.synchronize()
-        requests = self._plan.requests
+        plan = self._plan
         if self._packed is None:
-            nothing = RequestResult((), 0, 1, 0)
-            return StepResult(self._plan.step_id, (nothing,) * len(requests))
-        logprobs = self._logprobs.read() if self._logprobs else iter(())
-        prompt_logprobs = self._prompt_logprobs.read() if self._prompt_logprobs else iter(())
-        results = []
-        for share, row, error in zip(requests, self._packed.tolist(), self._errors, strict=True):
-            emitted, verified, held, committed = row[:4]
-            verifying = tuple(islice(logprobs, share.draft_plan.num_drafts)) if share.wants_logprobs else ()
-            results.append(
-                RequestResult(
-                    token_ids=tuple(row[4 : 4 + emitted]),
-                    num_drafts=verified,
-                    num_held=held,
-                    num_committed=committed,
-                    logprobs=verifying[:emitted],
-                    prompt_logprobs=tuple(islice(prompt_logprobs, len(share.prompt_targets))),
-                    error=error,
-                )
-            )
-        return StepResult(self._plan.step_id, tuple(results))
+            nothing = np.tile(np.array([[0, 0, 1, 0]]), (len(plan.slots), 1))
+            return StepResult(plan.step_id, nothing, np.zeros((len(plan.slots), 0), dtype=np.int64))
+        packed: IntArray = self._packed.numpy()[: len(plan.slots)]
+        counts, tokens = packed[:, :4], packed[:, 4:]
+        return StepResult(plan.step_id, counts, tokens, self._verifying(counts), self._of_prompts(), self._errors)
+
+    def _verifying(self, counts: IntArray) -> dict[int, tuple[TokenLogprobs, ...]]:
+        if self._logprobs is None:
+            return {}
+        entries = self._logprobs.read()
+        verified = {i: tuple(islice(entries, int(self._plan.num_drafts[i]))) for i in self._wants_logprobs}
+        return {i: of_request[: int(counts[i, 0])] for i, of_request in verified.items()}
+
+    def _of_prompts(self) -> dict[int, tuple[TokenLogprobs, ...]]:
+        if self._prompt_logprobs is None:
+            return {}
+        entries: Iterator[TokenLogprobs] = self._prompt_logprobs.read()
+        return {i: tuple(islice(entries, count)) for i, count in enumerate(self._plan.num_prompt_targets.tolist()) if count}

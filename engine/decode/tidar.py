@@ -51,7 +51,7 @@ class TidarDecoder:
 
     def lay_out(self, plan: StepPlan) -> StepInputs:
         """Take admitted requests in and turn the plan into rows."""
-        self.batch.update(plan.admissions, plan.page_updates)
+        self.batch.update(plan)
         for admission in plan.admissions:
             self.grammars.admit(admission)
         return self.rows.lay_out(plan, first_masks=self.settings.trust_ar < 1.0)
@@ -61,7 +61,7 @@ class TidarDecoder:
         layout, batch, slot_N = inputs.layout, self.batch, inputs.slot_N
         if logits_QV is None:
             batch.num_computed_S[slot_N] += layout.num_prefill_N
-            return PendingResult(plan, None)
+            return PendingResult(plan, batch.host, None)
         constrained = self.grammars.constrained(plan)
         sampled_ND = self._sample_verified(inputs, logits_QV, self.grammars.verify_rows(plan, layout, constrained))
         drafts_ND = batch.drafts_SK[slot_N, : layout.max_drafts]
@@ -96,10 +96,11 @@ class TidarDecoder:
         counts = torch.stack((emitted_N, num_verified_N, num_held_N, accepted_N), dim=1)
         return PendingResult(
             plan,
+            batch.host,
             torch.cat((counts, tokens_NK), dim=1),
-            verified_logprobs(batch, plan, inputs, logits_QV, sampled_ND),
-            prompt_logprobs(batch, plan, inputs, logits_QV),
-            tuple(self.grammars.error(r.slot) for r in plan.requests),
+            verified_logprobs(batch.host, plan, inputs, logits_QV, sampled_ND),
+            prompt_logprobs(batch.host, plan, inputs, logits_QV),
+            self.grammars.errors(plan),
         )
 
     def _sample_verified(self, inputs: StepInputs, logits_QV: Tensor, grammar: GrammarRows | None) -> Tensor:

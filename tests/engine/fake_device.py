@@ -63,6 +63,7 @@ class SlotState:
     num_computed: int = 0
     drafts: list[int] = field(default_factory=list)
     wanted: int = 0
+    request_id: str = ""
 
 
 @dataclass
@@ -92,20 +93,22 @@ class FakeDevice:
         for admission in plan.admissions:
             state = self.slots[admission.slot]
             state.num_computed, state.drafts, state.wanted = admission.num_computed, [admission.last_token_id], admission.wanted
-        for update in plan.page_updates:
-            self.slots[update.slot].block_table.update(enumerate(update.page_ids, start=update.first))
+            state.request_id = admission.request_id
+        for slot, number, page in plan.page_updates.tolist():
+            self.slots[slot].block_table[number] = page
         assert 0 < plan.num_rows <= self.scheduler.config.max_num_batched_tokens
-        assert len({share.slot for share in plan.requests}) == len(plan.requests)
+        assert len(set(plan.slots.tolist())) == len(plan.slots)
         return plan
 
     def execute(self, plan: StepPlan) -> None:
         self.events.append(("launch", plan.step_id))
 
     def judge(self, plan: StepPlan, inputs: StepPlan, logits: None) -> Pending:
-        return Pending(StepResult(plan.step_id, tuple(self._run(share) for share in plan.requests)), self.events)
+        return Pending(StepResult.of(plan.step_id, [self._run(share) for share in plan.requests()]), self.events)
 
     def _run(self, share: ScheduledRequest) -> RequestResult:
-        script, state = self.scripts[share.request_id], self.slots[share.slot]
+        state = self.slots[share.slot]
+        script = self.scripts[state.request_id]
         num_prefill, start = len(share.prefill_token_ids), state.num_computed
         assert start <= share.max_computed, "the host's bound is too low"
         assert self.depth > 0 or start == share.max_computed, "at depth 0 the host knows the computed tokens"
@@ -113,7 +116,7 @@ class FakeDevice:
         self._attend(script, state)
         num_drafts = min(len(state.drafts), state.wanted, share.draft_plan.num_drafts)
         drafts = state.drafts[:num_drafts]
-        self._write(share, script, state, [*share.prefill_token_ids, *drafts])
+        self._write(script, state, [*share.prefill_token_ids, *drafts])
         state.num_computed += num_prefill
         if num_drafts == 0:
             return RequestResult((), 0, len(state.drafts), 0)
@@ -148,11 +151,11 @@ class FakeDevice:
             expected = (script.request.cache_salt, script.token_ids[: position + 1])
             assert held == expected, f"{script.request.request_id} reads {held} at position {position}"
 
-    def _write(self, share: ScheduledRequest, script: Script, state: SlotState, tokens: list[int]) -> None:
+    def _write(self, script: Script, state: SlotState, tokens: list[int]) -> None:
         salt, start = script.request.cache_salt, state.num_computed
         for count, position in enumerate(range(start, start + len(tokens)), start=1):
             page = state.block_table[position // self.page_size]
-            self._check_owner(share.request_id, page, position // self.page_size)
+            self._check_owner(state.request_id, page, position // self.page_size)
             text = script.token_ids[:start] + tuple(tokens[:count])
             self.memory[page, position % self.page_size] = (salt, text)
 

@@ -11,7 +11,7 @@ import pytest
 from engine.core import EngineCore
 from engine.messages import RequestOutput, SpeculationStats
 from engine.sampling_params import DecodingMode
-from engine.step import StepPlan, StepResult
+from engine.step import RequestResult, StepPlan, StepResult
 from tests.engine.driver import Transcript, drive
 from tests.engine.fake_device import FakeLimits, fake_engine, make_script
 
@@ -27,36 +27,45 @@ class Recount:
     of_request: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
 
     def watch(self, core: EngineCore) -> None:
-        apply = core.scheduler.apply
+        scheduler, owners = core.scheduler, {}
+        schedule, apply = scheduler.schedule, scheduler.apply
+        launched: dict[int, list[tuple[str, int]]] = {}
 
-        def wrapped(plan: StepPlan, result: StepResult) -> list[RequestOutput]:
-            live = {id(r.in_flight[0]) for r in core.scheduler.running if r.in_flight}
+        def scheduled() -> StepPlan | None:
+            plan = schedule()
+            if plan is not None:
+                # Whose the rows are, and since which step: a preempted request that is back has lost what was in flight.
+                owners.update({a.slot: (a.request_id, plan.step_id) for a in plan.admissions})
+                launched[plan.step_id] = [owners[slot] for slot in plan.slots.tolist()]
+            return plan
+
+        def applied(plan: StepPlan, result: StepResult) -> list[RequestOutput]:
+            running = {owners[r.slot] for r in scheduler.running}
+            rows = zip(launched.pop(plan.step_id), plan.requests(), result.requests(), strict=True)
             outputs = apply(plan, result)
             self.totals["num_steps"] += 1
             self.totals["generation_tokens"] += sum(len(output.token_ids) for output in outputs)
-            for share, judged in zip(plan.requests, result.requests, strict=True):
-                if id(share) in live:
-                    self._count(share.request_id, share.draft_plan.num_branches > 0, judged.num_drafts, judged.num_held, judged)
+            for owner, share, judged in rows:
+                if owner in running:
+                    self._count(owner[0], share.draft_plan.num_branches > 0, judged)
                     self.totals["prefill_rows"] += len(share.prefill_token_ids)
                     self.totals["draft_rows"] += share.draft_plan.num_drafts
                     self.totals["mask_rows"] += share.draft_plan.num_branches * share.draft_plan.block_length
             return outputs
 
-        core.scheduler.apply = wrapped  # type: ignore[method-assign]
+        scheduler.schedule, scheduler.apply = scheduled, applied  # type: ignore[method-assign]
 
-    def _count(self, name: str, has_branches: bool, num_drafts: int, num_held: int, judged: object) -> None:
-        token_ids: tuple[int, ...] = judged.token_ids  # type: ignore[attr-defined]
-        both = (self.totals, self.of_request[name])
-        for counter in both:
-            counter["forwards"] += num_drafts > 0
-            if num_drafts > 1:
+    def _count(self, name: str, has_branches: bool, judged: RequestResult) -> None:
+        for counter in (self.totals, self.of_request[name]):
+            counter["forwards"] += judged.num_drafts > 0
+            if judged.num_drafts > 1:
                 counter["num_drafts"] += 1
-                counter["num_draft_tokens"] += num_drafts - 1
-                counter["num_accepted_tokens"] += len(token_ids) - 1
-        if num_drafts > 1:
-            self.accepted_at.update(range(len(token_ids) - 1))
+                counter["num_draft_tokens"] += judged.num_drafts - 1
+                counter["num_accepted_tokens"] += len(judged.token_ids) - 1
+        if judged.num_drafts > 1:
+            self.accepted_at.update(range(len(judged.token_ids) - 1))
         if has_branches:
-            self.totals["branch_hits" if num_held > 1 else "branch_misses"] += 1
+            self.totals["branch_hits" if judged.num_held > 1 else "branch_misses"] += 1
 
 
 @pytest.mark.parametrize("depth", [0, 1])

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from engine.decode.inputs import StepInputs
-from engine.decode.layout import RequestShape, build_layout
+from engine.decode.layout import build_layout
 from engine.decode.tidar import TidarDecoder
 from engine.input_batch import InputBatch
 from engine.sampling_params import DecodingMode, SamplingParams
-from engine.step import NO_DRAFTS, Admission, DraftPlan, PageUpdate, ScheduledRequest, StepPlan
+from engine.step import NO_DRAFTS, Admission, DraftPlan, RequestShape, ScheduledRequest, StepPlan
 from kernels.mask_layout import visible
 
 CPU = torch.device("cpu")
@@ -26,16 +27,20 @@ def admit(slot: int, num_computed: int, last: int, wanted: int = 100) -> Admissi
     return Admission(slot, num_computed, (last,), (), DecodingMode.TIDAR, SamplingParams(wanted, temperature=0.0))
 
 
+def pages(slot: int, *page_ids: int) -> list[tuple[int, int, int]]:
+    return [(slot, number, page) for number, page in enumerate(page_ids)]
+
+
 def lay_out_example(plan: DraftPlan, held: int = 3, wanted: int = 100) -> StepInputs:
     """The design's example: prefix A B C in the cache, drafts D E F."""
     tidar = decoder()
-    share = ScheduledRequest("r", 0, (), plan, max_computed=3)
-    tidar.batch.update([admit(0, 3, D, wanted)], [])
+    share = ScheduledRequest(0, (), plan, max_computed=3)
+    tidar.batch.update(StepPlan.of(0, (), [admit(0, 3, D, wanted)]))
     tidar.batch.drafts_SK[0] = torch.tensor([D, E, F])
     tidar.batch.num_held_S[0] = held
     # Falling chances, so that branches are ranked 0, 1, 2.
     tidar.batch.draft_probs_SK[0] = torch.tensor([1.0, 0.4, 0.3])
-    return tidar.lay_out(StepPlan(1, (share,), (), (PageUpdate(0, 0, PAGES),)))
+    return tidar.lay_out(StepPlan.of(1, (share,), (), pages(0, *PAGES)))
 
 
 def seen_by(inputs: StepInputs, row: int) -> list[int]:
@@ -94,10 +99,10 @@ def test_a_branch_that_is_not_run_sees_nobody_elses_masks() -> None:
 def test_prefill_chunks_and_decode_steps_share_a_step() -> None:
     tidar = decoder(num_slots=2)
     requests = (
-        ScheduledRequest("chunk", 1, (A, B), NO_DRAFTS, 0),
-        ScheduledRequest("last chunk", 0, (B, C), DraftPlan(1, 1, 3), 1),
+        ScheduledRequest(1, (A, B), NO_DRAFTS, 0),
+        ScheduledRequest(0, (B, C), DraftPlan(1, 1, 3), 1),
     )
-    plan = StepPlan(1, requests, (admit(1, 0, F), admit(0, 1, D)), (PageUpdate(1, 0, (3,)), PageUpdate(0, 0, PAGES)))
+    plan = StepPlan.of(1, requests, (admit(1, 0, F), admit(0, 1, D)), (*pages(1, 3), *pages(0, *PAGES)))
     inputs = tidar.lay_out(plan)
     assert inputs.token_ids_R.tolist() == [A, B, *[B, C, D, MASK, MASK, MASK]]
     assert inputs.positions_R.tolist() == [0, 1, *[1, 2, 3, 4, 5, 6]]
@@ -110,7 +115,7 @@ def test_prefill_chunks_and_decode_steps_share_a_step() -> None:
 
 
 def test_logits_of_masks_are_found_by_request_rank_and_number() -> None:
-    layout = build_layout((RequestShape(0, 2, 2, 3), RequestShape(1, 1, 1, 2)), False, CPU)
+    layout = build_layout(np.array([RequestShape(0, 2, 2, 3), RequestShape(1, 1, 1, 2)]), False, CPU)
     assert layout.row_starts == (0, 8, 12)
     assert layout.device_row_starts.tolist() == [0, 8, 12]
     assert layout.verify_rows_D.tolist() == [0, 1, 9]
@@ -124,7 +129,7 @@ def test_logits_of_masks_are_found_by_request_rank_and_number() -> None:
 
 
 def test_a_layout_without_branches_has_clean_rows_only() -> None:
-    layout = build_layout((RequestShape(0, 1, 0, 1), RequestShape(3, 0, 0, 1)), False, CPU)
+    layout = build_layout(np.array([RequestShape(0, 1, 0, 1), RequestShape(3, 0, 0, 1)]), False, CPU)
     assert layout.clean_R.all()
     assert layout.prefill_rows.tolist() == [1, 2, 3]
     assert layout.logit_rows.tolist() == [0]

@@ -12,7 +12,7 @@ from torch import Tensor
 from engine.decode.sampling import Ahead, RowSampling, probability_of, process_logits, row_sampling, sample
 from engine.input_batch import InputBatch, SamplingNeeds
 from engine.sampling_params import DecodingMode, SamplingParams
-from engine.step import Admission
+from engine.step import Admission, StepPlan
 from kernels.philox.reference import gumbel
 
 MASK = 2
@@ -47,7 +47,7 @@ def naive(logits: list[float], params: SamplingParams) -> list[float]:
 
 def rows_of(params: list[SamplingParams]) -> RowSampling:
     batch = InputBatch(len(params), 1, 1, 8, torch.device("cpu"))
-    batch.update([Admission(slot, 0, (0,), (), DecodingMode.AR, p) for slot, p in enumerate(params)], [])
+    batch.update(StepPlan.of(0, (), [Admission(slot, 0, (0,), (), DecodingMode.AR, p) for slot, p in enumerate(params)]))
     nothing = Ahead(torch.zeros(len(params), dtype=torch.long), torch.zeros((len(params), 0), dtype=torch.long))
     return row_sampling(batch, torch.arange(len(params)), SamplingNeeds.of(params), nothing)
 

@@ -9,7 +9,7 @@ from engine.messages import FinishReason, GenerateRequest, RequestOutput
 from engine.page_pool import PagePool
 from engine.sampling_params import DecodingMode, SamplingParams
 from engine.scheduler import Scheduler
-from engine.step import DraftPlan, PageUpdate, RequestResult, StepPlan, StepResult
+from engine.step import DraftPlan, RequestResult, StepPlan, StepResult
 
 K, EOS = 4, 50
 
@@ -35,18 +35,24 @@ def plan_of(scheduler: Scheduler) -> StepPlan:
     return plan
 
 
-def shares(plan: StepPlan) -> dict[str, tuple[int, int, int]]:
+def names(scheduler: Scheduler, plan: StepPlan) -> list[str]:
+    """Whose the rows of a plan are."""
+    by_slot = {r.slot: r.request_id for r in scheduler.running}
+    return [by_slot[slot] for slot in plan.slots.tolist()]
+
+
+def shares(scheduler: Scheduler, plan: StepPlan) -> dict[str, tuple[int, int, int]]:
     """Prefill tokens, drafts and branches of each request."""
-    return {r.request_id: (len(r.prefill_token_ids), r.draft_plan.num_drafts, r.draft_plan.num_branches) for r in plan.requests}
+    return dict(zip(names(scheduler, plan), map(tuple, plan.shapes[:, :3].tolist()), strict=True))
 
 
 def apply(scheduler: Scheduler, plan: StepPlan, **results: tuple[tuple[int, ...], int]) -> list[RequestOutput]:
     """Results by request: the tokens emitted, and the drafts held afterwards."""
     judged = []
-    for share in plan.requests:
-        token_ids, held = results.get(share.request_id, ((), 1))
-        judged.append(RequestResult(token_ids, share.draft_plan.num_drafts, held, len(token_ids)))
-    outputs = scheduler.apply(plan, StepResult(plan.step_id, tuple(judged)))
+    for name, num_drafts in zip(names(scheduler, plan), plan.num_drafts.tolist(), strict=True):
+        token_ids, held = results.get(name, ((), 1))
+        judged.append(RequestResult(token_ids, num_drafts, held, len(token_ids)))
+    outputs = scheduler.apply(plan, StepResult.of(plan.step_id, judged))
     scheduler.check_integrity()
     return outputs
 
@@ -55,14 +61,17 @@ def test_a_short_prompt_is_computed_and_redrafted_in_one_step() -> None:
     scheduler = make()
     scheduler.add(ask("a", 6))
     plan = plan_of(scheduler)
-    assert shares(plan) == {"a": (5, 1, 1)}
+    assert shares(scheduler, plan) == {"a": (5, 1, 1)}
     first, sampling = ask("a", 6).prompt_token_ids, ask("a", 6).sampling
-    assert plan.requests[0].prefill_token_ids == first[:5]
-    slot = plan.requests[0].slot
+    (share,) = plan.requests()
+    assert share.prefill_token_ids == first[:5]
+    slot = share.slot
     (admission,) = plan.admissions
     assert (admission.slot, admission.num_computed, admission.last_token_id, admission.wanted) == (slot, 0, first[5], 20)
     assert (admission.prompt_token_ids, admission.output_token_ids, admission.sampling) == (first, (), sampling)
-    assert plan.page_updates == (PageUpdate(slot, 0, tuple(scheduler.running[0].cache.page_ids)),)  # type: ignore[union-attr]
+    (request,) = scheduler.running
+    assert request.cache is not None
+    assert plan.page_updates.tolist() == [[slot, number, page] for number, page in enumerate(request.cache.page_ids)]
 
 
 def test_a_long_prompt_is_computed_in_chunks() -> None:
@@ -71,8 +80,8 @@ def test_a_long_prompt_is_computed_in_chunks() -> None:
     seen = []
     for _ in range(3):
         plan = plan_of(scheduler)
-        seen.append(shares(plan)["a"])
-        apply(scheduler, plan, a=((1,), 1) if plan.requests[0].draft_plan.num_drafts else ((), 1))
+        seen.append(shares(scheduler, plan)["a"])
+        apply(scheduler, plan, a=((1,), 1) if plan.num_drafts[0] else ((), 1))
     # 17 tokens and the certain draft; a branch of 4 masks no longer fits beside them.
     assert seen == [(7, 0, 0), (7, 0, 0), (3, 1, 0)]
 
@@ -84,7 +93,7 @@ def test_running_requests_come_first_and_rows_never_exceed_the_budget() -> None:
     scheduler.add(ask("b", 30))
     apply(scheduler, plan, a=((1,), K))
     plan = plan_of(scheduler)
-    assert shares(plan) == {"a": (0, 4, 1), "b": (4, 0, 0)}
+    assert shares(scheduler, plan) == {"a": (0, 4, 1), "b": (4, 0, 0)}
     assert plan.num_rows == 12
 
 
@@ -92,16 +101,16 @@ def test_a_budget_too_small_for_branches_drops_them_before_the_drafts() -> None:
     scheduler = make(budget=5, branches=K)
     scheduler.add(ask("a", 1))
     plan = plan_of(scheduler)
-    assert shares(plan) == {"a": (0, 1, 1)}
+    assert shares(scheduler, plan) == {"a": (0, 1, 1)}
     apply(scheduler, plan, a=((1,), K))
-    assert shares(plan_of(scheduler)) == {"a": (0, 4, 0)}
+    assert shares(scheduler, plan_of(scheduler)) == {"a": (0, 4, 0)}
 
 
 def test_every_running_request_gets_a_row_when_the_budget_is_as_small_as_it_may_be() -> None:
     scheduler = make(seqs=2, budget=2)
     for name in "ab":
         scheduler.add(ask(name, 1, mode=DecodingMode.AR))
-    assert shares(plan_of(scheduler)) == {"a": (0, 1, 0), "b": (0, 1, 0)}
+    assert shares(scheduler, plan_of(scheduler)) == {"a": (0, 1, 0), "b": (0, 1, 0)}
 
 
 def test_drafts_of_the_oldest_never_take_the_row_of_another_request() -> None:
@@ -112,10 +121,10 @@ def test_drafts_of_the_oldest_never_take_the_row_of_another_request() -> None:
     for _ in range(12):
         plan = plan_of(scheduler)
         if len(scheduler.running) == 4 and not plan.admissions:
-            assert set(shares(plan)) == set("abcd")
-        for name in shares(plan):
+            assert set(shares(scheduler, plan)) == set("abcd")
+        for name in shares(scheduler, plan):
             served[name] += 1
-        apply(scheduler, plan, **{r.request_id: ((7,), K) for r in plan.requests if r.draft_plan.num_drafts})
+        apply(scheduler, plan, **{name: ((7,), K) for name, (_, drafts, _) in shares(scheduler, plan).items() if drafts})
     assert min(served.values()) >= 8
 
 
@@ -124,12 +133,12 @@ def test_drafts_of_running_requests_do_not_keep_a_waiting_one_out() -> None:
     scheduler.add(ask("a", 2))
     plan = plan_of(scheduler)
     apply(scheduler, plan, a=((7,), K))
-    assert shares(plan_of(scheduler)) == {"a": (0, K, 4)}, "alone, it takes all rows"
+    assert shares(scheduler, plan_of(scheduler)) == {"a": (0, K, 4)}, "alone, it takes all rows"
     scheduler = make(seqs=4, budget=20, branches=4)
     scheduler.add(ask("a", 2))
     apply(scheduler, plan_of(scheduler), a=((7,), K))
     scheduler.add(ask("b", 3))
-    assert set(shares(plan_of(scheduler))) == {"a", "b"}
+    assert set(shares(scheduler, plan_of(scheduler))) == {"a", "b"}
 
 
 def test_requests_wait_for_a_slot_in_the_order_of_their_arrival() -> None:
@@ -137,10 +146,10 @@ def test_requests_wait_for_a_slot_in_the_order_of_their_arrival() -> None:
     for name in "abc":
         scheduler.add(ask(name, 3, wanted=1))
     plan = plan_of(scheduler)
-    assert list(shares(plan)) == ["a", "b"]
+    assert list(shares(scheduler, plan)) == ["a", "b"]
     outputs = apply(scheduler, plan, a=((1,), 1), b=((2,), 1))
     assert [output.finish_reason for output in outputs] == [FinishReason.LENGTH] * 2
-    assert list(shares(plan_of(scheduler))) == ["c"]
+    assert list(shares(scheduler, plan_of(scheduler))) == ["c"]
 
 
 def test_rejected_drafts_give_their_pages_back() -> None:
@@ -148,7 +157,7 @@ def test_rejected_drafts_give_their_pages_back() -> None:
     scheduler.add(ask("a", 1))
     apply(scheduler, plan_of(scheduler), a=((1,), K))
     plan = plan_of(scheduler)
-    assert shares(plan) == {"a": (0, 4, 1)}
+    assert shares(scheduler, plan) == {"a": (0, 4, 1)}
     cache = scheduler.running[0].cache
     assert cache is not None
     assert len(cache.page_ids) == 1 + 4
@@ -164,7 +173,7 @@ def test_drafts_are_cut_to_the_pages_at_hand_before_anyone_is_preempted() -> Non
     assert scheduler.kv.pool.num_free == 0
     plan = plan_of(scheduler)
     # Both pages of a end at position 8: of its 4 drafts from position 6 on, two fit.
-    assert shares(plan) == {"a": (0, 2, 1), "b": (0, 1, 1)}
+    assert shares(scheduler, plan) == {"a": (0, 2, 1), "b": (0, 1, 1)}
     assert scheduler.counters.num_preemptions == 0
 
 
@@ -182,17 +191,17 @@ def at_the_end_of_their_pages() -> Scheduler:
 def test_the_newest_request_is_preempted_and_comes_back_with_all_its_tokens() -> None:
     scheduler = at_the_end_of_their_pages()
     plan = plan_of(scheduler)
-    assert shares(plan) == {"a": (0, 4, 1)}
+    assert shares(scheduler, plan) == {"a": (0, 4, 1)}
     assert scheduler.counters.num_preemptions == 1
     assert [r.request_id for r in scheduler.waiting] == ["b", "c"], "it waits at the front"
     (output,) = apply(scheduler, plan, a=((EOS,), 1))
     assert output.finish_reason is FinishReason.STOP
     plan = plan_of(scheduler)
     first = plan.admissions[0]
-    assert plan.requests[0].request_id == "b"
+    assert names(scheduler, plan)[0] == "b"
     assert (first.last_token_id, first.wanted) == (2, 28)
-    assert first.num_computed + len(plan.requests[0].prefill_token_ids) == 8
-    assert shares(plan)["b"][1:] == (1, 1), "the drafts that it held are gone"
+    assert first.num_computed + plan.num_prefill[0] == 8
+    assert shares(scheduler, plan)["b"][1:] == (1, 1), "the drafts that it held are gone"
     assert scheduler.counters.prompt_tokens == 7 + 7 + 1, "a prompt is counted once"
 
 
@@ -201,7 +210,7 @@ def test_a_request_waits_until_its_prompt_and_one_token_have_room() -> None:
         scheduler = make(num_pages=5, page_size=4)
         scheduler.add(ask("a", 7))
         scheduler.add(ask("b", length))
-        assert list(shares(plan_of(scheduler))) == admitted
+        assert list(shares(scheduler, plan_of(scheduler))) == admitted
 
 
 def test_tokens_after_the_stop_token_are_dropped() -> None:
@@ -235,7 +244,7 @@ def test_max_tokens_is_exact() -> None:
     scheduler.add(ask("a", 3, wanted=3))
     apply(scheduler, plan_of(scheduler), a=((1,), K))
     plan = plan_of(scheduler)
-    assert shares(plan) == {"a": (0, 2, 0)}, "two tokens are wanted and no draft after them"
+    assert shares(scheduler, plan) == {"a": (0, 2, 0)}, "two tokens are wanted and no draft after them"
     (output,) = apply(scheduler, plan, a=((2, 3), 1))
     assert (output.token_ids, output.finish_reason) == ((2, 3), FinishReason.LENGTH)
 
@@ -285,6 +294,6 @@ def test_linear_drafts_and_verifies_in_turn() -> None:
     seen = []
     for held in (K, 1, K, 1):
         plan = plan_of(scheduler)
-        seen.append(plan.requests[0].draft_plan)
+        seen.append(plan.requests()[0].draft_plan)
         apply(scheduler, plan, a=((1,), held))
     assert seen == [DraftPlan(1, 1, K), DraftPlan(K, 0, K)] * 2
