@@ -29,6 +29,11 @@ ACCEPTED_WITHOUT_EFFECT = frozenset(
 
 _NO_EFFECT_VALUES: dict[str, tuple[Any, ...]] = {
     "suffix": ("",),
+    "echo": (False,),  # of a chat; the next four of a text completion, which has neither calls nor turns
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
+    "top_logprobs": (0,),
     "functions": ([],),
     "function_call": ("none", "auto"),
     "guided_decoding_backend": (),
@@ -69,7 +74,7 @@ def refuse_unsupported(extra: Mapping[str, Any], num_choices: int) -> None:
         value = extra.get(name)
         if value is not None and value not in harmless:
             allowed = "" if not harmless else f", or send {json.dumps(harmless[0])}"
-            raise unsupported(f"{name} is not supported by this server; leave it out{allowed}", name)
+            raise unsupported(f"{name} is not supported here; leave it out{allowed}", name)
     best_of = extra.get("best_of")
     if best_of is not None and best_of != num_choices:
         if isinstance(best_of, int) and best_of < num_choices:

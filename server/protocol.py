@@ -134,7 +134,7 @@ class CompletionRequest(GenerationFields):
 
     prompt: Prompt
     echo: bool | None = None
-    logprobs: int | None = None
+    logprobs: StrictInt | None = None
     add_special_tokens: bool | None = None
 
 

@@ -20,7 +20,7 @@ def bytes_as_tokens(tokenizer, data: bytes) -> list[int]:
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_characters_are_whole_and_nothing_is_lost(tokenizer, text):
-    decoder = TextDecoder(tokenizer, skip_special_tokens=True)
+    decoder = TextDecoder(tokenizer, skipped_ids=tokenizer.special_ids)
     ids = bytes_as_tokens(tokenizer, text.encode())
     parts = [decoder.push(i) for i in ids]
     assert "".join(parts) + decoder.flush() == text
@@ -32,7 +32,7 @@ def test_characters_are_whole_and_nothing_is_lost(tokenizer, text):
 @given(data=st.binary(max_size=60))
 def test_any_bytes_decode_as_the_tokenizer_decodes_them_whole(tokenizer, data):
     ids = bytes_as_tokens(tokenizer, data)
-    decoder = TextDecoder(tokenizer, skip_special_tokens=True)
+    decoder = TextDecoder(tokenizer, skipped_ids=tokenizer.special_ids)
     text = "".join(decoder.push(i) for i in ids) + decoder.flush()
     if len(data) < MAX_HELD_TOKENS:
         assert text == data.decode(errors="replace")
@@ -40,7 +40,7 @@ def test_any_bytes_decode_as_the_tokenizer_decodes_them_whole(tokenizer, data):
 
 def test_a_long_run_of_bad_bytes_is_let_go(tokenizer):
     ids = bytes_as_tokens(tokenizer, b"\xff" * 100)
-    decoder = TextDecoder(tokenizer, skip_special_tokens=True)
+    decoder = TextDecoder(tokenizer, skipped_ids=tokenizer.special_ids)
     parts = [decoder.push(i) for i in ids]
     assert sum(map(len, parts)) > 50
     assert set("".join(parts)) == {"\ufffd"}
@@ -48,8 +48,8 @@ def test_a_long_run_of_bad_bytes_is_let_go(tokenizer):
 
 def test_special_and_unknown_tokens(tokenizer):
     a = tokenizer.encode("a", add_special_tokens=False)[0]
-    hidden = Detokenizer(tokenizer, StopTable([]), skip_special_tokens=True)
-    shown = Detokenizer(tokenizer, StopTable([]), skip_special_tokens=False)
+    hidden = Detokenizer(tokenizer, StopTable([]), skipped_ids=tokenizer.special_ids)
+    shown = Detokenizer(tokenizer, StopTable([]), skipped_ids=())
     ids = [a, 6, a, 10**6, a]
     assert hidden.append(ids).text + hidden.finish().text == "aaa"
     assert shown.append(ids).text + shown.finish().text == "a<|reserved|>aa"
@@ -120,7 +120,7 @@ def test_tokens_count_up_to_the_one_that_completes_the_stop(tokenizer, stop):
     text = "the cat sat on"
     ids = bytes_as_tokens(tokenizer, text.encode())
     for first in range(len(ids) + 1):
-        detokenizer = Detokenizer(tokenizer, StopTable([stop]), skip_special_tokens=True)
+        detokenizer = Detokenizer(tokenizer, StopTable([stop]), skipped_ids=tokenizer.special_ids)
         one = detokenizer.append(ids[:first])
         count = one.num_tokens
         two = one if one.stop else detokenizer.append(ids[first:])

@@ -13,7 +13,8 @@ from server.options import SERVE_FLAGS, serve_options
 
 FLAGS = """--host --port --served-model-name --api-key --cors-origins --tokenizer --revision --device --dtype --max-model-len
 --max-num-seqs --max-num-batched-tokens --num-pages --page-size --enable-prefix-caching --gpu-memory-utilization --decoding
---block-length --num-branches --async-depth --max-waiting-requests --max-waiting-tokens
+--block-length --num-branches --draft-temperature --trust-ar --diffusion-threshold
+--tool-call-parser --reasoning-parser --async-depth --max-waiting-requests --max-waiting-tokens
 --shutdown-timeout --heartbeat-deadline --num-threads --kernels --log-level"""
 
 
@@ -75,7 +76,7 @@ BAD = [
     (("--port", "x"), {}, "--port"),
     (("--port", "65536"), {}, "from 0 to 65535"),
     (("--dtype", "int8"), {}, "expected one of auto"),
-    (("--decoding", "diffusion"), {}, "expected one of auto, ar"),
+    (("--decoding", "fast"), {}, "expected one of auto, ar"),
     (("--num-branches", "none"), {}, "--num-branches"),
     (("--gpu-memory-utilization", "nan"), {}, "from 0.05 to 1"),
     (("--max-num-seqs", "8", "--max-num-batched-tokens", "4"), {}, "must be at least --max-num-seqs 8"),
