@@ -7,6 +7,7 @@ from collections import deque
 
 import torch
 
+from engine.cuda_graphs import StepGraphs
 from engine.decode.pending import PendingResult
 from engine.decode.tidar import TidarDecoder
 from engine.grammar import CompiledGrammar, GrammarCompiler, GrammarError
@@ -27,9 +28,10 @@ class EngineCore:
         grammars: GrammarCompiler,
         info: EngineInfo,
         depth: int = 0,
+        graphs: StepGraphs | None = None,
     ) -> None:
         self.scheduler, self.decoder, self.runner, self.grammars = scheduler, decoder, runner, grammars
-        self.info, self.depth = info, depth
+        self.info, self.depth, self.graphs = info, depth, graphs
         self._launched: deque[tuple[StepPlan, PendingResult]] = deque()
 
     @property
@@ -70,7 +72,7 @@ class EngineCore:
         plan = self.scheduler.schedule()
         scheduled = time.perf_counter()
         if plan is not None:
-            self._launched.append((plan, self._launch(plan)))
+            self._launched.append((plan, launch(plan, self.decoder, self.runner, self.graphs)))
         read = applied = time.perf_counter()
         if self._launched and (plan is None or len(self._launched) > self.depth):
             oldest, pending = self._launched.popleft()
@@ -83,8 +85,14 @@ class EngineCore:
         counters.host_seconds += (scheduled - begun) + (applied - read)
         return StepOutputs(tuple(outputs), self.scheduler.stats())
 
-    @torch.inference_mode()
-    def _launch(self, plan: StepPlan) -> PendingResult:
-        inputs = self.decoder.lay_out(plan)
-        logits = self.runner.execute(inputs)
-        return self.decoder.judge(plan, inputs, logits)
+
+@torch.inference_mode()
+def launch(plan: StepPlan, decoder: TidarDecoder, runner: ModelRunner, graphs: StepGraphs | None = None) -> PendingResult:
+    """Put a step on the device: replayed where it was captured, else operation by operation."""
+    decoder.admit(plan)
+    replayed = graphs.launch(plan) if graphs is not None else None
+    if replayed is not None:
+        return replayed
+    inputs = decoder.lay_out(plan)
+    logits = runner.execute(inputs)
+    return decoder.judge(plan, inputs, logits)

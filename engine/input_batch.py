@@ -88,6 +88,9 @@ class InputBatch:
             return torch.zeros(shape, dtype=torch.float32, device=device)
 
         self.device, self.vocab_size, self.num_slots = device, vocab_size, num_slots
+        # The null slot, behind the others, wants nothing: it fills the places of a captured step that nobody takes.
+        self.null_slot = num_slots
+        num_slots += 1
         self.host = HostColumns(num_slots)
         self.block_table_SP = integers(num_slots, max_pages)
         self.num_computed_S = integers(num_slots)
@@ -117,6 +120,16 @@ class InputBatch:
             slots, numbers, pages = upload(plan.page_updates, self.device).unbind(1)
             self.block_table_SP[slots, numbers] = pages
 
+    @property
+    def tables_version(self) -> int:
+        """Changes whenever one of the tables of ``penalties.py`` is made or moves, which a captured step cannot follow."""
+        return (self.counts is not None) + self.biases.num_moves + self.stops.num_moves
+
+    def make_tables(self) -> None:
+        """Make what penalties need, before a request asks for it."""
+        if self.counts is None:
+            self.counts = TokenCounts(self.num_slots + 1, self.vocab_size, self.device)
+
     def _admit(self, admission: Admission) -> None:
         slot, sampling = admission.slot, admission.sampling
         self.host.admit(admission)
@@ -141,8 +154,8 @@ class InputBatch:
         self.frequency_S[slot] = sampling.frequency_penalty
         self.presence_S[slot] = sampling.presence_penalty
         if sampling.has_penalties:
-            if self.counts is None:
-                self.counts = TokenCounts(self.num_slots, self.vocab_size, self.device)
+            self.make_tables()
+            assert self.counts is not None
             self.counts.reset(slot, admission.prompt_token_ids, admission.output_token_ids)
         self.biases.set(slot, sampling.logit_bias)
         # Stops are free once at most this many tokens are wanted; without min_tokens, from the start.

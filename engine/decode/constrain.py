@@ -98,19 +98,19 @@ class GrammarTable:
         inputs: StepInputs,
         logits_QV: Tensor,
         constrained: Sequence[int],
-        counts_N2: Tensor,
+        packed: Tensor,
         sampled_ND: Tensor,
         draw: DrawDrafts,
     ) -> None:
         """Take what the constrained requests emitted and now hold through their grammars. Reads from the device.
 
-        ``counts_N2``: how many tokens each request of the step emitted, and how many drafts it holds.
+        ``packed`` is the verdict's: the first and the third column are the tokens emitted and the drafts held.
         """
         layout = inputs.layout
         chosen_C = torch.tensor(constrained, device=batch.device)
         slot_C = inputs.slot_N[chosen_C]
         width = layout.max_drafts
-        read = torch.cat((counts_N2[chosen_C], sampled_ND[chosen_C], batch.drafts_SK[slot_C]), dim=1).tolist()
+        read = torch.cat((packed[chosen_C, 0:3:2], sampled_ND[chosen_C], batch.drafts_SK[slot_C]), dim=1).tolist()
         walks = []
         for i, row in zip(constrained, read, strict=True):
             slot, num_emitted, num_held = int(plan.slots[i]), row[0], row[1]

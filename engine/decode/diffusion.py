@@ -71,7 +71,7 @@ def denoise(batch: InputBatch, inputs: StepInputs, logits_QV: Tensor, draw: Draw
     if layout.max_branches == 0:
         return Denoised(drafts_NK, torch.zeros_like(slot_N), drafts_NK, remaining_N)
     # A block is only decided on top of all that was emitted; a short plan may have left drafts for the next step.
-    is_active_N = (layout.num_branches_N > 0) & (remaining_N == 0) & batch.is_diffusion_S[slot_N]
+    is_active_N = (inputs.most_branches_N > 0) & (remaining_N == 0) & batch.is_diffusion_S[slot_N]
     number_K = torch.arange(max_block, device=slot_N.device)
     positions_NK = (inputs.attention.prefix_lengths + layout.num_prefill_N + inputs.num_drafts_N)[:, None] + number_K
     candidates_Q, confidence_Q = draw(

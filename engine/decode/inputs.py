@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,10 +15,29 @@ from engine.decode.calibration import SurvivalTable
 from engine.decode.layout import StepLayout, build_layout
 from engine.decode.verify import rank_branches
 from engine.input_batch import InputBatch, SamplingNeeds
-from engine.step import StepPlan
+from engine.step import IntArray, StepPlan
 from engine.upload import upload
 from kernels.mask_layout import CLEAN
 from kernels.paged_attention.metadata import AttentionMetadata
+
+
+@dataclass(frozen=True, slots=True)
+class StepBounds:
+    """What the host says of a step to the device, [N] each: the requests' slots, and the bounds of their plans."""
+
+    slot_N: Tensor
+    num_drafts_N: Tensor
+    num_branches_N: Tensor
+
+    @staticmethod
+    def of(columns_3N: Tensor) -> StepBounds:
+        """Views of the rows of one tensor."""
+        return StepBounds(*columns_3N.unbind(0))
+
+
+def bounds_of(plan: StepPlan) -> IntArray:
+    """The columns of ``StepBounds``, [3, N], on the host."""
+    return np.stack((plan.slots, plan.num_drafts, plan.num_branches))
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +57,7 @@ class StepInputs:
 
     slot_N: Tensor
     num_drafts_N: Tensor
+    most_branches_N: Tensor
     order_NB: Tensor
     needs: SamplingNeeds
     has_diffusion: bool
@@ -53,27 +74,42 @@ class RowBuilder:
 
         ``first_masks``: the logits of mask 0 are wanted, whoever is in the step.
         """
-        batch, device = self.batch, self.batch.device
-        has_diffusion = batch.host.has_diffusion(plan.slots)
+        host, device = self.batch.host, self.batch.device
+        has_diffusion = host.has_diffusion(plan.slots)
         layout = build_layout(plan.shapes, first_masks or has_diffusion, device)
-        slot_N = upload(plan.slots, device)
+        bounds = StepBounds.of(upload(bounds_of(plan), device))
+        prefill = upload(plan.prefill_token_ids, device)
+        max_prefix = tuple(plan.max_computed.tolist())
+        return self.rows(layout, bounds, prefill, max_prefix, host.needs(plan.slots), has_diffusion)
+
+    def rows(
+        self,
+        layout: StepLayout,
+        bounds: StepBounds,
+        prefill_token_ids: Tensor,
+        max_prefix: tuple[int, ...],
+        needs: SamplingNeeds,
+        has_diffusion: bool = False,
+    ) -> StepInputs:
+        """The rows of a layout for these requests: device operations alone, so that they can be captured."""
+        batch, slot_N = self.batch, bounds.slot_N
         computed_N = batch.num_computed_S[slot_N]
-        num_drafts_N = self._num_drafts(layout, slot_N)
-        order_NB = self._choose_branches(layout, slot_N, num_drafts_N)
+        num_drafts_N = self._num_drafts(bounds)
+        order_NB = self._choose_branches(layout, bounds, num_drafts_N)
         limit_R, branch_R, offset_R = _mask_data(layout, order_NB)
         # Where no branch is run an anchor would stand before the first token.
         positions_R = (computed_N[layout.request_R] + offset_R).clamp(min=0)
         block_table_NP = batch.block_table_SP[slot_N]
         return StepInputs(
             layout=layout,
-            token_ids_R=self._token_ids(plan, layout, slot_N, order_NB),
+            token_ids_R=self._token_ids(prefill_token_ids, layout, slot_N, order_NB),
             positions_R=positions_R,
             slot_mapping_R=self._slot_mapping(layout, positions_R, block_table_NP, num_drafts_N),
             attention=AttentionMetadata(
                 row_starts=layout.row_starts,
                 device_row_starts=layout.device_row_starts,
                 prefix_lengths=computed_N,
-                max_prefix=tuple(plan.max_computed.tolist()),
+                max_prefix=max_prefix,
                 block_table=block_table_NP,
                 limit=limit_R,
                 branch=branch_R,
@@ -81,8 +117,9 @@ class RowBuilder:
             draft_rows=self._draft_rows(layout, slot_N, has_diffusion),
             slot_N=slot_N,
             num_drafts_N=num_drafts_N,
+            most_branches_N=bounds.num_branches_N,
             order_NB=order_NB,
-            needs=batch.host.needs(plan.slots),
+            needs=needs,
             has_diffusion=has_diffusion,
         )
 
@@ -91,27 +128,29 @@ class RowBuilder:
             return layout.draft_rows
         return layout.draft_rows[~self.batch.is_diffusion_S[slot_N[layout.request_R[layout.draft_rows]]]]
 
-    def _num_drafts(self, layout: StepLayout, slot_N: Tensor) -> Tensor:
+    def _num_drafts(self, bounds: StepBounds) -> Tensor:
         """Drafts that each request really runs. Those of a diffusion request have been emitted, so all of them are."""
+        slot_N = bounds.slot_N
         held_N, wanted_N = self.batch.num_held_S[slot_N], self.batch.wanted_S[slot_N]
         useful_N = torch.where(self.batch.is_diffusion_S[slot_N], held_N, torch.minimum(held_N, wanted_N))
-        return torch.minimum(useful_N, layout.num_drafts_N)
+        return torch.minimum(useful_N, bounds.num_drafts_N)
 
-    def _choose_branches(self, layout: StepLayout, slot_N: Tensor, num_drafts_N: Tensor) -> Tensor:
+    def _choose_branches(self, layout: StepLayout, bounds: StepBounds, num_drafts_N: Tensor) -> Tensor:
         """The branches to run, by rank, [N, B]; the same rule of usefulness as ``policy.num_useful_branches``.
 
         The one block of a diffusion request stands behind its last draft, or behind the prefix when it holds none.
         """
+        slot_N, num_branches_N = bounds.slot_N, bounds.num_branches_N
         if layout.max_branches == 0 or layout.max_drafts == 0:
             return slot_N.new_full((len(slot_N), layout.max_branches), -1)
         useful_N = torch.minimum(num_drafts_N, self.batch.wanted_S[slot_N] - 2)
         probs_ND = self.survival.calibrate(self.batch.draft_probs_SK[slot_N, : layout.max_drafts])
-        order = rank_branches(probs_ND, num_drafts_N, useful_N, layout.num_branches_N, layout.max_branches)
+        order = rank_branches(probs_ND, num_drafts_N, useful_N, num_branches_N, layout.max_branches)
         rank = torch.arange(layout.max_branches, device=order.device)
-        order = order.masked_fill(rank >= layout.num_branches_N[:, None], -1)
+        order = order.masked_fill(rank >= num_branches_N[:, None], -1)
         return torch.where(self.batch.is_diffusion_S[slot_N][:, None], num_drafts_N[:, None] - 1, order)
 
-    def _token_ids(self, plan: StepPlan, layout: StepLayout, slot_N: Tensor, order_NB: Tensor) -> Tensor:
+    def _token_ids(self, prefill: Tensor, layout: StepLayout, slot_N: Tensor, order_NB: Tensor) -> Tensor:
         batch = self.batch
         token_ids_R = torch.full((layout.num_rows,), self.mask_token_id or 0, device=batch.device)
         if len(layout.draft_rows):
@@ -120,7 +159,7 @@ class RowBuilder:
             drafts_D = batch.drafts_SK[slot_N[layout.verify_request_D], layout.verify_index_D]
             token_ids_R[layout.verify_rows_D] = drafts_D
         if len(layout.prefill_rows):
-            token_ids_R[layout.prefill_rows] = upload(plan.prefill_token_ids, batch.device)
+            token_ids_R[layout.prefill_rows] = prefill
         return token_ids_R
 
     def _block_token_ids(self, layout: StepLayout, slot_N: Tensor, order_NB: Tensor) -> Tensor:

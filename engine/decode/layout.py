@@ -1,7 +1,8 @@
-"""The rows of a step as index tensors that depend on the plan's bounds alone, so that they are built once and reused.
+"""The rows of a step as index tensors that depend on shapes alone, so that they are built once and reused.
 
-Rows of a request: prefill tokens, drafts, then its branches, one block after the other. Where a bound is not reached (fewer
-drafts held, fewer branches worth running) the rows are padding.
+Rows of a request: prefill tokens, drafts, then its branches, one block after the other. A shape may be larger than what the
+plan bounds, which may be more than what the request can use (fewer drafts held, fewer branches worth running): what is not
+used is padding.
 
 Shape suffixes: N requests of the step, R rows, D verifying rows (drafts), B branches at most, K block length at most, P
 prefill rows whose logits are asked for.
@@ -58,8 +59,6 @@ class StepLayout:
     prompt_logits: int
     logit_rows: Tensor | None
     num_prefill_N: Tensor
-    num_drafts_N: Tensor
-    num_branches_N: Tensor
     block_length_N: Tensor
 
 
@@ -122,8 +121,6 @@ def _build_layout(packed_shapes: bytes, first_masks: bool, device: torch.device)
         prompt_logits=len(verify_rows_D) + len(mask_rows),
         logit_rows=None if torch.equal(logit_rows, torch.arange(len(request_R))) else logit_rows.to(device),
         num_prefill_N=num_prefill_N.to(device),
-        num_drafts_N=num_drafts_N.to(device),
-        num_branches_N=num_branches_N.to(device),
         block_length_N=block_length_N.to(device),
     )
 

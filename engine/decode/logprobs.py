@@ -60,7 +60,7 @@ def verified_logprobs(
     """Of every verifying row of the requests that want them, request by request."""
     layout, asked_N = inputs.layout, host.num_logprobs_S[plan.slots]
     wanting = np.flatnonzero(asked_N >= 0).tolist()
-    rows = [row for i in wanting for row in range(layout.verify_starts[i], layout.verify_starts[i + 1])]
+    rows = [layout.verify_starts[i] + draft for i in wanting for draft in range(plan.num_drafts[i])]
     if not rows:
         return None
     rows_Q = upload(rows, logits_QV.device)

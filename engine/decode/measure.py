@@ -10,11 +10,9 @@ import statistics
 import time
 from collections.abc import Callable
 
-import torch
-
 from engine.decode.goodput import CostTable, plan_shapes
+from engine.decode.pending import PendingResult
 from engine.decode.tidar import TidarDecoder
-from engine.model_runner import ModelRunner
 from engine.sampling_params import DecodingMode, SamplingParams
 from engine.step import Admission, DraftPlan, ScheduledRequest, StepPlan
 
@@ -24,15 +22,17 @@ REPEATS = 3
 MANY_ROWS = 64
 """Rows at which the cost of attending to cached tokens is timed."""
 
+Launch = Callable[[StepPlan], PendingResult]
+"""Puts a step on the device, on the path that requests take."""
+
 StepTimer = Callable[[int, DraftPlan, int], float]
 """Seconds of a step of so many requests that all have one plan and so many tokens in the cache."""
 
 
-def step_timer(decoder: TidarDecoder, runner: ModelRunner, block_length: int) -> StepTimer:
+def step_timer(launch: Launch, decoder: TidarDecoder, block_length: int) -> StepTimer:
     """Times steps of an engine that serves nobody yet. Its slots are written; a later admission resets them."""
     sampling = SamplingParams(1 << 20, temperature=0.0)
 
-    @torch.inference_mode()
     def timed(num_requests: int, plan: DraftPlan, context: int) -> float:
         admissions = tuple(Admission(i, context, (0,), (), DecodingMode.TIDAR, sampling) for i in range(num_requests))
         admit = StepPlan.of(0, (), admissions)
@@ -42,8 +42,7 @@ def step_timer(decoder: TidarDecoder, runner: ModelRunner, block_length: int) ->
             decoder.batch.update(admit)
             decoder.batch.num_held_S[:num_requests] = block_length
             begun = time.perf_counter()
-            inputs = decoder.lay_out(step)
-            decoder.judge(step, inputs, runner.execute(inputs)).read()
+            launch(step).read()
             seconds.append(time.perf_counter() - begun)
         decoder.survival.reset()
         return statistics.median(seconds)

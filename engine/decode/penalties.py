@@ -51,6 +51,7 @@ class TokenTable:
     def __init__(self, num_slots: int, device: torch.device) -> None:
         self.ids_SW = torch.zeros((num_slots, 0), dtype=torch.long, device=device)
         self.values_SW = torch.zeros((num_slots, 0), dtype=torch.float64, device=device)
+        self.num_moves = 0
 
     def set(self, slot: int, entries: Sequence[tuple[int, float]]) -> None:
         """A request with these entries, of different tokens, takes the slot."""
@@ -60,6 +61,7 @@ class TokenTable:
             padding = (0, max(missing, self.ids_SW.shape[1]))
             self.ids_SW = torch.nn.functional.pad(self.ids_SW, padding)
             self.values_SW = torch.nn.functional.pad(self.values_SW, padding)
+            self.num_moves += 1
         self.ids_SW[slot].zero_()
         self.values_SW[slot].zero_()
         if entries:

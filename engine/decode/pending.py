@@ -32,14 +32,17 @@ class PendingResult:
         prompt_logprobs: Logprobs | None = None,
         errors: Mapping[int, str] | None = None,
     ) -> None:
-        self._plan, self._event, self._packed, self._errors = plan, None, packed, errors or {}
+        self._plan, self._event, self._errors = plan, None, errors or {}
+        self._packed: Tensor | None = None
         self._logprobs, self._prompt_logprobs = logprobs, prompt_logprobs
         # Whose they are: a slot may have another request when the step is read.
         self._wants_logprobs = np.flatnonzero(host.num_logprobs_S[plan.slots] >= 0).tolist() if logprobs else []
-        if packed is not None and packed.is_cuda:
-            self._packed = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
+        if packed is not None:
+            # A copy: what a captured step has written is written over by its next replay.
+            self._packed = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=packed.is_cuda)
             self._packed.copy_(packed, non_blocking=True)
-            self._event = torch.cuda.current_stream(packed.device).record_event()
+            if packed.is_cuda:
+                self._event = torch.cuda.current_stream(packed.device).record_event()
 
     def read(self) -> StepResult:
         """The result as plain data."""

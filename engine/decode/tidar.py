@@ -38,6 +38,14 @@ class DecoderSettings:
     diffusion_threshold: float = 0.9
 
 
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """A judged step on the device: ``packed`` [N, 4 + K] as ``PendingResult`` has it, and the tokens after every draft."""
+
+    packed: Tensor
+    sampled_ND: Tensor
+
+
 class TidarDecoder:
     """Lays out plans and judges logits. It owns the device state of the running requests."""
 
@@ -49,21 +57,46 @@ class TidarDecoder:
         self.rows = RowBuilder(batch, self.survival, page_size, mask_token_id)
         self.grammars = GrammarTable(batch.drafts_SK.shape[1], batch.vocab_size, batch.device)
 
-    def lay_out(self, plan: StepPlan) -> StepInputs:
-        """Take admitted requests in and turn the plan into rows."""
+    @property
+    def first_masks(self) -> bool:
+        """Whether the logits of mask 0 are wanted in every step."""
+        return self.settings.trust_ar < 1.0
+
+    def admit(self, plan: StepPlan) -> None:
+        """Take admitted requests and new pages in."""
         self.batch.update(plan)
         for admission in plan.admissions:
             self.grammars.admit(admission)
-        return self.rows.lay_out(plan, first_masks=self.settings.trust_ar < 1.0)
+
+    def lay_out(self, plan: StepPlan) -> StepInputs:
+        """Turn the plan into rows."""
+        return self.rows.lay_out(plan, self.first_masks)
 
     def judge(self, plan: StepPlan, inputs: StepInputs, logits_QV: Tensor | None) -> PendingResult:
-        """Sample, accept, take the hit branch's drafts and write the next step's state; batch-wide, on the device."""
-        layout, batch, slot_N = inputs.layout, self.batch, inputs.slot_N
+        """What the logits mean: the device's verdict, then what the host has a part in, grammars and log-probabilities."""
+        batch, host = self.batch, self.batch.host
         if logits_QV is None:
-            batch.num_computed_S[slot_N] += layout.num_prefill_N
-            return PendingResult(plan, batch.host, None)
+            batch.num_computed_S[inputs.slot_N] += inputs.layout.num_prefill_N
+            return PendingResult(plan, host, None)
         constrained = self.grammars.constrained(plan)
-        sampled_ND = self._sample_verified(inputs, logits_QV, self.grammars.verify_rows(plan, layout, constrained))
+        verdict = self.verify(inputs, logits_QV, self.grammars.verify_rows(plan, inputs.layout, constrained))
+        if constrained:
+            self.grammars.follow(
+                batch, plan, inputs, logits_QV, constrained, verdict.packed, verdict.sampled_ND, self._draw_drafts
+            )
+        return PendingResult(
+            plan,
+            host,
+            verdict.packed,
+            verified_logprobs(host, plan, inputs, logits_QV, verdict.sampled_ND),
+            prompt_logprobs(host, plan, inputs, logits_QV),
+            self.grammars.errors(plan),
+        )
+
+    def verify(self, inputs: StepInputs, logits_QV: Tensor, grammar: GrammarRows | None = None) -> Verdict:
+        """Sample, accept, take the hit branch's drafts and write the next step's state: batch-wide, on the device alone."""
+        layout, batch, slot_N = inputs.layout, self.batch, inputs.slot_N
+        sampled_ND = self._sample_verified(inputs, logits_QV, grammar)
         drafts_ND = batch.drafts_SK[slot_N, : layout.max_drafts]
         accepted_N = num_accepted(sampled_ND, drafts_ND, inputs.num_drafts_N)
         is_diffusion_N = batch.is_diffusion_S[slot_N]
@@ -90,18 +123,8 @@ class TidarDecoder:
             batch.drafts_SK[slot_N] = torch.where(is_diffusion_N[:, None], block.drafts_NK, batch.drafts_SK[slot_N])
         # A prefill chunk leaves the one draft that its request was admitted with.
         batch.num_held_S[slot_N] = num_held_N
-        if constrained:
-            counts_N2 = torch.stack((emitted_N, num_held_N), dim=1)
-            self.grammars.follow(batch, plan, inputs, logits_QV, constrained, counts_N2, sampled_ND, self._draw_drafts)
-        counts = torch.stack((emitted_N, num_verified_N, num_held_N, accepted_N), dim=1)
-        return PendingResult(
-            plan,
-            batch.host,
-            torch.cat((counts, tokens_NK), dim=1),
-            verified_logprobs(batch.host, plan, inputs, logits_QV, sampled_ND),
-            prompt_logprobs(batch.host, plan, inputs, logits_QV),
-            self.grammars.errors(plan),
-        )
+        counts_N4 = torch.stack((emitted_N, num_verified_N, num_held_N, accepted_N), dim=1)
+        return Verdict(torch.cat((counts_N4, tokens_NK), dim=1), sampled_ND)
 
     def _sample_verified(self, inputs: StepInputs, logits_QV: Tensor, grammar: GrammarRows | None) -> Tensor:
         """``t[i]``, the token taken after draft ``i``, [N, D]; entries beyond a request's drafts are meaningless."""

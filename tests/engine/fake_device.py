@@ -89,13 +89,15 @@ class FakeDevice:
         self.memory: dict[tuple[int, int], Text] = {}
         self.events: list[tuple[str, int]] = []
 
-    def lay_out(self, plan: StepPlan) -> StepPlan:
+    def admit(self, plan: StepPlan) -> None:
         for admission in plan.admissions:
             state = self.slots[admission.slot]
             state.num_computed, state.drafts, state.wanted = admission.num_computed, [admission.last_token_id], admission.wanted
             state.request_id = admission.request_id
         for slot, number, page in plan.page_updates.tolist():
             self.slots[slot].block_table[number] = page
+
+    def lay_out(self, plan: StepPlan) -> StepPlan:
         assert 0 < plan.num_rows <= self.scheduler.config.max_num_batched_tokens
         assert len(set(plan.slots.tolist())) == len(plan.slots)
         return plan

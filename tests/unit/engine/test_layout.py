@@ -40,7 +40,9 @@ def lay_out_example(plan: DraftPlan, held: int = 3, wanted: int = 100) -> StepIn
     tidar.batch.num_held_S[0] = held
     # Falling chances, so that branches are ranked 0, 1, 2.
     tidar.batch.draft_probs_SK[0] = torch.tensor([1.0, 0.4, 0.3])
-    return tidar.lay_out(StepPlan.of(1, (share,), (), pages(0, *PAGES)))
+    plan = StepPlan.of(1, (share,), (), pages(0, *PAGES))
+    tidar.batch.update(plan)
+    return tidar.lay_out(plan)
 
 
 def seen_by(inputs: StepInputs, row: int) -> list[int]:
@@ -103,6 +105,7 @@ def test_prefill_chunks_and_decode_steps_share_a_step() -> None:
         ScheduledRequest(0, (B, C), DraftPlan(1, 1, 3), 1),
     )
     plan = StepPlan.of(1, requests, (admit(1, 0, F), admit(0, 1, D)), (*pages(1, 3), *pages(0, *PAGES)))
+    tidar.admit(plan)
     inputs = tidar.lay_out(plan)
     assert inputs.token_ids_R.tolist() == [A, B, *[B, C, D, MASK, MASK, MASK]]
     assert inputs.positions_R.tolist() == [0, 1, *[1, 2, 3, 4, 5, 6]]

@@ -1,0 +1,196 @@
+"""Steps that are recorded once and replayed: layout, forward and verdict of a decode step in one CUDA graph.
+
+A graph has fixed shapes and fixed addresses. So a captured step has a *uniform* layout, the same drafts and branches for
+every request, and room for a number of requests from a short list. A plan is replayed in the smallest captured step that
+covers it: what the host says of it (slots and bounds) is copied into the step's one input, requests that are missing are the
+null slot, which wants nothing, and rows beyond a bound are padding as they are in any step. Everything else is device state,
+written by the verdict of the step before: one replay ends with the input of the next, and the host need not read in between.
+
+Steps in which the host has a part run without a graph: prefill chunks, grammars, log-probabilities, diffusion.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.decode.inputs import StepBounds, bounds_of
+from engine.decode.layout import build_layout
+from engine.decode.pending import PendingResult
+from engine.decode.tidar import TidarDecoder, Verdict
+from engine.input_batch import SamplingNeeds
+from engine.model_runner import ModelRunner
+from engine.step import DraftPlan, IntArray, RequestShape, StepPlan
+from engine.upload import upload
+
+REQUEST_BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 160, 192, 256, 320, 384, 448, 512)
+"""Numbers of requests that a step is captured for, below ``max_num_seqs``, which is one too."""
+
+GREEDY = SamplingNeeds()
+SAMPLED = SamplingNeeds(noise=True)
+TRUNCATED = dataclasses.replace(SAMPLED, top_k=True, top_p=True, min_p=True)
+ALL_NEEDS = dataclasses.replace(TRUNCATED, penalties=True, bias=True, min_tokens=True)
+"""A step is captured with one of these, each of which does the work of those before it, too: what a request does not ask for
+has no effect on it."""
+
+Result = TypeVar("Result")
+
+
+class Capture(Protocol):
+    """Records device operations."""
+
+    def __call__(self, run: Callable[[], Result]) -> tuple[Result, Callable[[], None]]:
+        """Record ``run``; return its tensors, and what computes them anew, in place."""
+        ...
+
+
+class CudaCapture:
+    """``torch.cuda.CUDAGraph``. One step runs at a time, so that all graphs share one pool of memory."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream, self._pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
+
+    def __call__(self, run: Callable[[], Result]) -> tuple[Result, Callable[[], None]]:
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            run()  # what is compiled, tuned or allocated once must not be so during the capture
+        torch.cuda.current_stream().wait_stream(self._stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+            result = run()
+        return result, graph.replay
+
+
+class StepSize(NamedTuple):
+    """The shapes of a captured step."""
+
+    num_requests: int
+    num_drafts: int
+    num_branches: int
+    block_length: int
+    has_anchor: bool
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the step."""
+        return self.num_requests * (self.num_drafts + self.num_branches * (self.block_length + self.has_anchor))
+
+
+@dataclass(frozen=True, slots=True)
+class CapturedStep:
+    """A recorded step: its input on the device, [3, N], its output, and the version of the tables that it reads."""
+
+    bounds_3N: Tensor
+    verdict: Verdict
+    replay: Callable[[], None]
+    tables_version: int
+
+
+class StepGraphs:
+    """Captures steps of one engine and replays them."""
+
+    def __init__(self, decoder: TidarDecoder, runner: ModelRunner, capture: Capture, max_prefix: int) -> None:
+        self._decoder, self._runner, self._capture, self._max_prefix = decoder, runner, capture, max_prefix
+        most = decoder.batch.num_slots
+        self._buckets = (*(n for n in REQUEST_BUCKETS if n < most), most)
+        self._sizes: list[StepSize] = []
+        self._captured: dict[tuple[StepSize, SamplingNeeds], CapturedStep] = {}
+        self.num_replays = 0
+
+    @property
+    def buckets(self) -> tuple[int, ...]:
+        """Numbers of requests that steps are captured for, ascending."""
+        return self._buckets
+
+    def prepare(self, num_requests: int, plans: Iterable[DraftPlan], needs: SamplingNeeds = GREEDY) -> None:
+        """Capture the steps that serve ``num_requests`` requests with these plans, before they are needed."""
+        bucket = self._bucket(num_requests)
+        for plan in plans:
+            size = StepSize(bucket, plan.num_drafts, plan.num_branches, plan.block_length, plan.has_anchor)
+            if size not in self._sizes:
+                bisect.insort(self._sizes, size, key=lambda size: size.num_rows)
+            self._step(size, _covering(needs))
+
+    def covers(self, num_requests: int, plan: DraftPlan) -> bool:
+        """Whether a step of so many requests with this plan is replayed."""
+        bounds = np.array([[plan.num_drafts, plan.num_branches, plan.block_length, plan.has_anchor]])
+        return self._find(num_requests, bounds) is not None
+
+    def launch(self, plan: StepPlan) -> PendingResult | None:
+        """Replay the step of a plan that was admitted. None, and nothing was done, where no captured step can do it."""
+        host = self._decoder.batch.host
+        if plan.num_prefill.any() or host.has_diffusion(plan.slots) or (host.num_logprobs_S[plan.slots] >= 0).any():
+            return None
+        size = self._find(len(plan.slots), plan.shapes[:, 1:5])
+        if size is None or self._decoder.grammars.constrained(plan):
+            return None
+        needs = _covering(host.needs(plan.slots))
+        if needs == ALL_NEEDS:
+            self._decoder.batch.make_tables()
+        step = self._step(size, needs)
+        bounds = self._no_bounds(size)
+        bounds[:, : len(plan.slots)] = bounds_of(plan)
+        step.bounds_3N.copy_(upload(bounds, step.bounds_3N.device), non_blocking=True)
+        step.replay()
+        self.num_replays += 1
+        return PendingResult(plan, host, step.verdict.packed)
+
+    def _bucket(self, num_requests: int) -> int:
+        return self._buckets[bisect.bisect_left(self._buckets, num_requests)]
+
+    def _find(self, num_requests: int, bounds: IntArray) -> StepSize | None:
+        """The captured step with the fewest rows that covers requests with these drafts, branches, blocks and anchors."""
+        drafts, branches = int(bounds[:, 0].max()), int(bounds[:, 1].max())
+        blocks = {(block, bool(anchor)) for block, anchor in bounds[bounds[:, 1] > 0, 2:].tolist()}
+        bucket = self._bucket(num_requests)
+        for size in self._sizes:
+            fits = size.num_requests == bucket and size.num_drafts >= drafts and size.num_branches >= branches
+            if fits and blocks <= {(size.block_length, size.has_anchor)}:
+                return size
+        return None
+
+    def _step(self, size: StepSize, needs: SamplingNeeds) -> CapturedStep:
+        version = self._decoder.batch.tables_version if needs == ALL_NEEDS else 0
+        step = self._captured.get((size, needs))
+        if step is None or step.tables_version != version:
+            step = self._captured[size, needs] = self._record(size, needs, version)
+        return step
+
+    def _record(self, size: StepSize, needs: SamplingNeeds, version: int) -> CapturedStep:
+        decoder, batch = self._decoder, self._decoder.batch
+        shape = RequestShape(0, size.num_drafts, size.num_branches, size.block_length, size.has_anchor)
+        layout = build_layout(np.array([shape] * size.num_requests), decoder.first_masks, batch.device)
+        bounds_3N = upload(self._no_bounds(size), batch.device)
+        no_prefill = torch.zeros(0, dtype=torch.long, device=batch.device)
+        max_prefix = (self._max_prefix,) * size.num_requests
+
+        def run() -> Verdict:
+            inputs = decoder.rows.rows(layout, StepBounds.of(bounds_3N), no_prefill, max_prefix, needs)
+            logits = self._runner.execute(inputs)
+            assert logits is not None, "every request of a captured step has a draft"
+            return decoder.verify(inputs, logits)
+
+        verdict, replay = self._capture(run)
+        return CapturedStep(bounds_3N, verdict, replay, version)
+
+    def _no_bounds(self, size: StepSize) -> IntArray:
+        """The input of a step of nobody but the null slot."""
+        bounds = np.zeros((3, size.num_requests), dtype=np.int64)
+        bounds[0] = self._decoder.batch.null_slot
+        return bounds
+
+
+def _covering(needs: SamplingNeeds) -> SamplingNeeds:
+    """The cheapest of the captured needs that does what these ask for."""
+    if needs.penalties or needs.bias or needs.min_tokens:
+        return ALL_NEEDS
+    if needs.top_k or needs.top_p or needs.min_p:
+        return TRUNCATED
+    return SAMPLED if needs.noise else GREEDY

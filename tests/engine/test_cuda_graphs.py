@@ -1,0 +1,134 @@
+"""Captured steps give the tokens of steps that run operation by operation, with a capture that needs no GPU.
+
+The fake capture keeps what a CUDA graph keeps: a function that saw the host's data only once, whose results appear in the
+tensors of the first run. So host data that a replay would not see, or a result that is not where it was, changes an answer.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from engine.core import EngineCore
+from engine.cuda_graphs import ALL_NEEDS, GREEDY, SAMPLED, StepGraphs
+from engine.input_batch import SamplingNeeds
+from engine.messages import GenerateRequest, GrammarSpec
+from engine.sampling_params import DecodingMode, SamplingParams
+from engine.step import DraftPlan
+from tests.engine.driver import drive
+from tests.engine.tiny import BLOCK_LENGTH, MAX_MODEL_LEN, tiny_engine, tiny_model
+
+MODES = (DecodingMode.AR, DecodingMode.LINEAR, DecodingMode.TIDAR)
+
+
+class FakeCapture:
+    """Runs again and copies the results to where they were."""
+
+    def __init__(self) -> None:
+        self.num_recorded = 0
+
+    def __call__(self, run: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
+        self.num_recorded += 1
+        first = run()
+
+        def replay() -> None:
+            for old, new in zip(tensors_in(first), tensors_in(run()), strict=True):
+                old.copy_(new)
+
+        return first, replay
+
+
+def tensors_in(result: Any) -> list[Tensor]:
+    assert is_dataclass(result)
+    return [getattr(result, field.name) for field in fields(result)]
+
+
+def engine_with_graphs(num_branches: int = 2, depth: int = 0, max_num_seqs: int = 8) -> tuple[EngineCore, StepGraphs]:
+    core = tiny_engine(
+        tiny_model("qwen3", 0, 1.0), page_size=4, max_num_seqs=max_num_seqs, budget=256, depth=depth, num_branches=num_branches
+    )
+    graphs = StepGraphs(core.decoder, core.runner, FakeCapture(), MAX_MODEL_LEN)
+    plans = [DraftPlan(1, 0, 1), DraftPlan(1, 1, BLOCK_LENGTH), DraftPlan(BLOCK_LENGTH, num_branches, BLOCK_LENGTH)]
+    with torch.inference_mode():
+        for num_requests in graphs.buckets:
+            graphs.prepare(num_requests, plans)
+    core.graphs = graphs
+    return core, graphs
+
+
+def random_requests(rng: random.Random, count: int, **options: Any) -> list[GenerateRequest]:
+    requests = []
+    for i in range(count):
+        prompt = tuple(rng.choices(range(8, 23), k=rng.randint(1, 20)))
+        sampling = SamplingParams(rng.randint(2, 30), seed=i, temperature=rng.choice((0.0, 0.9)), **options)
+        requests.append(GenerateRequest(f"r{i}", prompt, sampling, rng.choice(MODES)))
+    return requests
+
+
+def answers(core: EngineCore, requests: list[GenerateRequest], arrivals: dict[str, int]) -> dict[str, Any]:
+    transcript = drive(core, requests, arrivals)
+    return {request.request_id: transcript.answer(request.request_id) for request in requests}
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+@pytest.mark.parametrize("options", [{}, {"top_p": 0.8, "top_k": 7}, {"repetition_penalty": 1.3, "min_tokens": 2}])
+def test_captured_steps_give_the_tokens_of_uncaptured_ones(depth: int, options: dict[str, Any]) -> None:
+    rng = random.Random(3)
+    requests = random_requests(rng, 24, **options)
+    arrivals = {request.request_id: rng.randrange(40) for request in requests}
+    plain = tiny_engine(tiny_model("qwen3", 0, 1.0), page_size=4, depth=depth, num_branches=2)
+    core, graphs = engine_with_graphs(depth=depth)
+    assert answers(core, requests, arrivals) == answers(plain, requests, arrivals)
+    assert graphs.num_replays > 30
+
+
+def test_the_host_has_a_part_in_some_steps_and_those_are_not_replayed() -> None:
+    core, graphs = engine_with_graphs()
+    plain = tiny_engine(tiny_model("qwen3", 0, 1.0), page_size=4, num_branches=2)
+    sampling = SamplingParams(12, seed=1, temperature=0.7)
+    logged = SamplingParams(12, seed=1, temperature=0.7, logprobs=3)
+    for request in (
+        GenerateRequest(
+            "grammar", (9, 10), sampling, grammar=GrammarSpec('{"grammars": [{"lark_grammar": "start: /[a-h]+/"}]}')
+        ),
+        GenerateRequest("logprobs", (9, 10), logged),
+        GenerateRequest("diffusion", (9, 10), sampling, DecodingMode.DIFFUSION),
+    ):
+        assert answers(core, [request], {}) == answers(plain, [request], {})
+    assert graphs.num_replays == 0
+    answers(core, [GenerateRequest("plain", (9, 10), sampling)], {})
+    assert graphs.num_replays > 0
+
+
+def test_a_step_without_a_captured_size_runs_all_the_same() -> None:
+    _, graphs = engine_with_graphs(num_branches=1)
+    assert graphs.covers(3, DraftPlan(BLOCK_LENGTH, 1, BLOCK_LENGTH))
+    assert graphs.covers(3, DraftPlan(2, 0, 1))
+    assert not graphs.covers(3, DraftPlan(BLOCK_LENGTH, 2, BLOCK_LENGTH))
+    assert not graphs.covers(3, DraftPlan(2, 1, BLOCK_LENGTH - 1)), "blocks of another length"
+    assert not graphs.covers(3, DraftPlan(2, 1, BLOCK_LENGTH, has_anchor=True))
+
+
+def test_a_step_is_captured_once_for_its_size_and_needs_and_again_when_a_table_has_moved() -> None:
+    core, graphs = engine_with_graphs()
+    capture = graphs._capture
+    assert isinstance(capture, FakeCapture)
+
+    def recorded(needs: SamplingNeeds) -> int:
+        before = capture.num_recorded
+        with torch.inference_mode():
+            graphs.prepare(3, [DraftPlan(1, 0, 1)], needs)
+        return capture.num_recorded - before
+
+    assert recorded(GREEDY) == 0, "it was captured before"
+    assert [recorded(SAMPLED), recorded(SAMPLED)] == [1, 0]
+    core.decoder.batch.make_tables()
+    assert [recorded(ALL_NEEDS), recorded(ALL_NEEDS)] == [1, 0]
+    core.decoder.batch.biases.set(0, [(1, 0.5)])
+    assert [recorded(ALL_NEEDS), recorded(SAMPLED)] == [1, 0]
