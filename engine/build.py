@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from engine.config import DecodeConfig, DraftAnchor, EngineConfig, ModelConfig
-from engine.core import EngineCore
-from engine.decode.auto import GoodputPolicy
-from engine.decode.measure import measure_costs, step_timer
+from engine.core import EngineCore, launch
+from engine.cuda_graphs import Capture, CudaCapture, StepGraphs
+from engine.decode.measure import step_timer
 from engine.decode.policy import Drafting, default_mode, policies
 from engine.decode.tidar import DecoderSettings, TidarDecoder
 from engine.grammar import GrammarCompiler, tokenizer_loader
-from engine.input_batch import InputBatch
+from engine.input_batch import InputBatch, SamplingNeeds
 from engine.kv_cache import KVCache, page_bytes
 from engine.kv_cache_manager import KVCacheManager
 from engine.messages import EngineInfo, SamplingDefaults
@@ -23,12 +25,10 @@ from engine.models.hf_config import read_model_config, read_sampling_defaults
 from engine.models.loader import load_model, resolve_dtype, resolve_model
 from engine.models.transformer import Transformer
 from engine.page_pool import PagePool
-from engine.sampling_params import DecodingMode
+from engine.sampling_params import DecodingMode, SamplingParams
 from engine.scheduler import Scheduler
+from engine.warm_up import capture_steps, follow_goodput, plans_of
 from kernels.backend import select_kernels
-
-MEASURED_CONTEXT = 1024
-"""Cached tokens at which the cost of attention is timed."""
 
 
 class ConfigError(Exception):
@@ -57,7 +57,8 @@ def build_engine_core(config: EngineConfig, progress: Callable[[str], None] = la
     model = load_model(folder, model_config, dtype, device, progress, kernels)
     eos, tokenizer = model_config.eos_token_ids, Path(config.tokenizer or folder)
     grammars = GrammarCompiler(tokenizer_loader(tokenizer, eos, model_config.vocab_size), eos)
-    return assemble(config, model, max_model_len, read_sampling_defaults(folder), grammars, progress)
+    capture = CudaCapture(device) if device.type == "cuda" and not config.enforce_eager else None
+    return assemble(config, model, max_model_len, read_sampling_defaults(folder), grammars, progress, capture)
 
 
 def assemble(
@@ -67,8 +68,9 @@ def assemble(
     defaults: SamplingDefaults,
     grammars: GrammarCompiler,
     progress: Callable[[str], None] = lambda message: None,
+    capture: Capture | None = None,
 ) -> EngineCore:
-    """Put an engine around a loaded model; tests start here."""
+    """Put an engine around a loaded model; tests start here. With a ``capture`` its decode steps are recorded and replayed."""
     model_config, tidar = model.config, model.config.tidar
     device, dtype = model.embedding.device, model.embedding.dtype
     block_length = _block_length(config, model_config)
@@ -89,14 +91,24 @@ def assemble(
     has_anchor = tidar is not None and tidar.anchor is DraftAnchor.COPY
     table = policies(decode, block_length, limits.max_num_batched_tokens, has_anchor)
     configured = table[DecodingMode.AUTO]
+    max_rows = limits.max_num_batched_tokens
     # Below 1, trust_ar makes the output depend on the plan: then auto stays with one.
-    if decode.mode is DecodingMode.AUTO and isinstance(configured, Drafting) and decode.trust_ar == 1.0:
+    is_auto = decode.mode is DecodingMode.AUTO and decode.trust_ar == 1.0
+    graphs = StepGraphs(decoder, runner, capture, max_model_len) if capture is not None else None
+    if graphs is not None:
+        needs = SamplingNeeds.of([SamplingParams(1, **asdict(defaults))])
+        try:
+            capture_steps(graphs, plans_of(table.values(), is_auto), [needs], max_rows, progress)
+        except RuntimeError as error:
+            raise ConfigError(f"steps cannot be captured in CUDA graphs ({error}): start with --enforce-eager") from error
+    if is_auto and isinstance(configured, Drafting):
         progress("timing draft plans")
-        timer, rows = step_timer(decoder, runner, configured.block_length), limits.max_num_batched_tokens
-        context = min(max_model_len - 1, MEASURED_CONTEXT)
-        costs = measure_costs(timer, configured.block_length, limits.max_num_seqs, rows, context, has_anchor)
-        table[DecodingMode.AUTO] = GoodputPolicy(configured, costs)
+        start_step = functools.partial(launch, decoder=decoder, runner=runner, graphs=graphs)
+        timer = step_timer(start_step, decoder, configured.block_length)
+        limit = (limits.max_num_seqs, max_rows, max_model_len - 1)
+        table[DecodingMode.AUTO] = follow_goodput(configured, timer, graphs, *limit)
     scheduler = Scheduler(limits, kv, table, model_config.eos_token_ids, max_model_len)
+    depth = int(device.type == "cuda") if limits.async_depth is None else limits.async_depth
     info = EngineInfo(
         architecture=model_config.architecture,
         num_parameters=sum(p.numel() for p in model.parameters()),
@@ -116,9 +128,11 @@ def assemble(
             "kernels": model.kernels.name,
             "auto": str(table[DecodingMode.AUTO]),
             "threads": str(torch.get_num_threads()),
+            "loop depth": str(depth),
+            "captured steps": str(graphs.num_captured) if graphs is not None else "none",
         },
     )
-    return EngineCore(scheduler, decoder, runner, grammars, info, limits.async_depth)
+    return EngineCore(scheduler, decoder, runner, grammars, info, depth, graphs)
 
 
 def _device(name: str) -> torch.device:
@@ -176,7 +190,7 @@ def _check(config: EngineConfig, block_length: int | None) -> None:
             f"max_num_batched_tokens ({limits.max_num_batched_tokens}) must be at least max_num_seqs ({limits.max_num_seqs}), "
             "so that every running request gets a row"
         )
-    if limits.async_depth not in (0, 1):
+    if limits.async_depth not in (None, 0, 1):
         raise ConfigError(f"async_depth must be 0 or 1, got {limits.async_depth}")
     if config.cache.page_size < 1:
         raise ConfigError(f"page_size must be at least 1, got {config.cache.page_size}")

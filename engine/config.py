@@ -126,13 +126,16 @@ class CacheConfig:
 
 @dataclass(frozen=True, slots=True)
 class SchedulerConfig:
-    """Limits of one step and of the queue. ``async_depth`` 1 launches a step before the host has read the one before."""
+    """Limits of one step and of the queue.
+
+    ``async_depth`` 1 launches a step before the host has read the one before; None: 1 on a GPU, 0 on a CPU.
+    """
 
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 1024
     max_waiting_requests: int = 256
     max_waiting_tokens: int = 1_000_000
-    async_depth: int = 0
+    async_depth: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +159,7 @@ class EngineConfig:
     """Everything the engine process needs. ``model`` is a folder or Hub id; ``max_model_len`` None: what the checkpoint allows.
 
     ``kernels`` is ``auto``, ``reference`` (plain torch) or ``triton``. ``tokenizer`` is the folder whose vocabulary grammars
-    speak of; None: the model's.
+    speak of; None: the model's. ``enforce_eager``: no step is captured in a CUDA graph.
     """
 
     model: str
@@ -167,6 +170,7 @@ class EngineConfig:
     max_model_len: int | None = None
     num_threads: int | None = None
     kernels: str = "auto"
+    enforce_eager: bool = False
     cache: CacheConfig = field(default_factory=CacheConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     decode: DecodeConfig = field(default_factory=DecodeConfig)

@@ -105,6 +105,11 @@ class StepGraphs:
         self.num_replays = 0
 
     @property
+    def num_captured(self) -> int:
+        """Graphs at hand."""
+        return len(self._captured)
+
+    @property
     def buckets(self) -> tuple[int, ...]:
         """Numbers of requests that steps are captured for, ascending."""
         return self._buckets

@@ -24,7 +24,7 @@ from engine.sampling_params import DecodingMode, SamplingParams
 IntArray = NDArray[np.int64]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, order=True)
 class DraftPlan:
     """Upper bounds of one request's decode rows: drafts, and branches of ``block_length`` masks.
 

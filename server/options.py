@@ -49,7 +49,13 @@ SERVE_FLAGS = (
     Flag("diffusion-threshold", number(0, 1), _DECODE.diffusion_threshold, "probability from which diffusion decides a token"),
     Flag("tool-call-parser", one_of("auto", "none", *(f.value for f in ToolFormat)), "auto", "how the model writes tool calls"),
     Flag("reasoning-parser", one_of("auto", "none", *(f.value for f in ReasoningFormat)), "auto", "how the model thinks"),
-    Flag("async-depth", integer(0, 1), _SCHEDULER.async_depth, "steps launched before the last one was read"),
+    Flag(
+        "async-depth",
+        integer(0, 1),
+        None,
+        "steps launched before the last one was read; if not given, 1 on a GPU",
+    ),
+    Flag("enforce-eager", switch, False, "do not capture steps in CUDA graphs", is_switch=True),
     Flag(
         "max-waiting-requests", integer(0), _SCHEDULER.max_waiting_requests, "length of the queue; beyond it clients get a 503"
     ),
@@ -87,7 +93,7 @@ class ServeOptions:
         yield (
             f"scheduler             max_num_seqs {engine.scheduler.max_num_seqs}, max_num_batched_tokens "
             f"{engine.scheduler.max_num_batched_tokens}, max_waiting_requests {engine.scheduler.max_waiting_requests}, "
-            f"async_depth {engine.scheduler.async_depth}"
+            f"async_depth {_or_auto(engine.scheduler.async_depth)}"
         )
         yield (
             f"cache                 page_size {engine.cache.page_size}, num_pages {_or_auto(engine.cache.num_pages)}, "
@@ -167,6 +173,7 @@ def _engine_config(model: str, values: dict[str, Any]) -> EngineConfig:
         max_model_len=values["max_model_len"],
         num_threads=values["num_threads"],
         kernels=values["kernels"],
+        enforce_eager=values["enforce_eager"],
         cache=CacheConfig(
             page_size=values["page_size"],
             num_pages=values["num_pages"],

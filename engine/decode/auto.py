@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import ClassVar
 
 from engine.decode.goodput import AR, Acceptance, CostTable, PlanShape, goodput, plan_shapes
@@ -29,8 +30,11 @@ class GoodputPolicy:
     mode: ClassVar[DecodingMode] = DecodingMode.TIDAR
     min_emitted: ClassVar[int] = 1
 
-    def __init__(self, configured: Drafting, costs: CostTable) -> None:
-        self._costs, self._anchor_rows = costs, int(configured.has_anchor)
+    def __init__(
+        self, configured: Drafting, costs: CostTable, is_captured: Callable[[int, DraftPlan], bool] | None = None
+    ) -> None:
+        """``is_captured``: whether a step of so many requests with this plan is replayed; None where no step is captured."""
+        self._costs, self._anchor_rows, self._is_captured = costs, int(configured.has_anchor), is_captured
         self._has_anchor, self._max_length = configured.has_anchor, configured.block_length
         # A drafter whose blocks begin with a copy was trained on whole blocks alone.
         self._shapes = plan_shapes(configured.block_length, has_short_blocks=not configured.has_anchor)
@@ -51,14 +55,23 @@ class GoodputPolicy:
 
     def _choose(self, num_requests: int, context: float) -> None:
         self._chosen_at, self._load = self._steps, num_requests
+        is_uniform = self._is_captured is not None
         expected = {
-            shape: goodput(shape, self._acceptance, self._costs, num_requests, context, self._anchor_rows)
-            for shape in dict.fromkeys((*self._shapes, self.shape))
+            shape: goodput(shape, self._acceptance, self._costs, num_requests, context, self._anchor_rows, is_uniform)
+            for shape in self._candidates(num_requests)
         }
         self.expected_by_name = tuple((str(shape), value) for shape, value in expected.items())
         best = max(expected, key=expected.__getitem__)
-        if expected[best] > HYSTERESIS * expected[self.shape]:
+        if expected[best] > HYSTERESIS * expected.get(self.shape, 0.0):
             self.shape = best
+
+    def _candidates(self, num_requests: int) -> Iterable[PlanShape]:
+        """The plans to compare: where steps are captured, only what was captured for so many requests, and ``ar``."""
+        shapes = dict.fromkeys((*self._shapes, self.shape))
+        if self._is_captured is None:
+            return shapes
+        plans = {s: DraftPlan(s.block_length, s.num_branches, s.block_length, self._has_anchor) for s in shapes}
+        return [s for s in shapes if s == AR or self._is_captured(num_requests, plans[s])]
 
     def observe(self, plan: DraftPlan, num_drafts: int, num_accepted: int, is_hit: bool) -> None:
         """What became of one request's decode step."""

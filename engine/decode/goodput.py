@@ -157,8 +157,12 @@ class Expected:
     rows_per_step: float
 
 
-def expect(shape: PlanShape, acceptance: Acceptance, anchor_rows: int = 0) -> Expected:
-    """Tokens and rows of a step in the steady state; ``anchor_rows`` is 1 where a branch copies its draft."""
+def expect(shape: PlanShape, acceptance: Acceptance, anchor_rows: int = 0, is_uniform: bool = False) -> Expected:
+    """Tokens and rows of a step in the steady state; ``anchor_rows`` is 1 where a branch copies its draft.
+
+    ``is_uniform``: all requests of a step get the rows of the largest one, as in a captured step. Then redrafts are free where
+    others hold a block, and cost their own rows in ``linear``, which has all requests in one phase.
+    """
     if shape.block_length == 1:
         return Expected(1.0, 1.0)
     length, branch_rows = shape.block_length, shape.block_length + anchor_rows
@@ -166,16 +170,21 @@ def expect(shape: PlanShape, acceptance: Acceptance, anchor_rows: int = 0) -> Ex
     hit = 1.0 if shape.num_branches >= length else acceptance.chance_of_hit(counts, shape.num_branches)
     holding = 1.0 / (2.0 - hit) if shape.num_branches else 0.5
     tokens = sum(count * chance for count, chance in enumerate(counts, start=1))
-    return Expected(
-        holding * tokens + (1 - holding),
-        holding * (length + shape.num_branches * branch_rows) + (1 - holding) * (1 + branch_rows),
-    )
+    held_rows, redraft_rows = length + shape.num_branches * branch_rows, 1 + branch_rows
+    rows = holding * held_rows + (1 - holding) * redraft_rows
+    return Expected(holding * tokens + (1 - holding), held_rows if is_uniform and shape.num_branches else rows)
 
 
 def goodput(
-    shape: PlanShape, acceptance: Acceptance, costs: CostTable, num_requests: int, context: float, anchor_rows: int = 0
+    shape: PlanShape,
+    acceptance: Acceptance,
+    costs: CostTable,
+    num_requests: int,
+    context: float,
+    anchor_rows: int = 0,
+    is_uniform: bool = False,
 ) -> float:
     """Expected tokens per second of ``num_requests`` requests that all follow one plan."""
-    expected = expect(shape, acceptance, anchor_rows)
+    expected = expect(shape, acceptance, anchor_rows, is_uniform)
     seconds = costs.cost(num_requests, num_requests * expected.rows_per_step, context)
     return num_requests * expected.tokens_per_step / seconds

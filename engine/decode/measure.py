@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from engine.decode.goodput import CostTable, plan_shapes
 from engine.decode.pending import PendingResult
@@ -16,7 +16,7 @@ from engine.decode.tidar import TidarDecoder
 from engine.sampling_params import DecodingMode, SamplingParams
 from engine.step import Admission, DraftPlan, ScheduledRequest, StepPlan
 
-MAX_SECONDS = 1.0
+MAX_SECONDS = 2.0
 REPEATS = 3
 
 MANY_ROWS = 64
@@ -51,19 +51,29 @@ def step_timer(launch: Launch, decoder: TidarDecoder, block_length: int) -> Step
 
 
 def measure_costs(
-    timer: StepTimer, block_length: int, max_num_seqs: int, max_rows: int, max_context: int, has_anchor: bool = False
+    timer: StepTimer,
+    block_length: int,
+    counts: Sequence[int],
+    max_rows: int,
+    max_context: int,
+    has_anchor: bool = False,
+    is_captured: Callable[[int, DraftPlan], bool] | None = None,
 ) -> CostTable:
-    """Time the plans' rows at 1, 2, 4 ... requests, and what tokens in the cache add."""
+    """Time the plans' rows at these ``counts`` of requests, and what tokens in the cache add.
+
+    Where steps are captured, a plan that was not at a count is left out.
+    """
     deadline = time.perf_counter() + MAX_SECONDS
     shapes = plan_shapes(block_length, has_short_blocks=not has_anchor)
     full = [DraftPlan(s.block_length, s.num_branches, s.block_length, has_anchor) for s in shapes]
     plans = {plan.num_rows: plan for plan in full}
-    counts = [n for n in _powers_of_two(max_num_seqs) if n <= max_rows]
+    counts = [n for n in counts if n <= max_rows]
     timer(1, plans[min(plans)], 0)  # the first step of all pays for what is built once
     rows: dict[int, list[int]] = {n: [] for n in counts}
     seconds: dict[int, list[float]] = {n: [] for n in counts}
     for total, n, each in sorted((n * each, n, each) for n in counts for each in plans):
-        if total <= max_rows and time.perf_counter() < deadline:
+        is_possible = total <= max_rows and (is_captured is None or is_captured(n, plans[each]))
+        if is_possible and time.perf_counter() < deadline:
             # More rows never cost less: what looks so is noise.
             seconds[n].append(max(timer(n, plans[each], 0), *seconds[n][-1:], 0.0))
             rows[n].append(total)
@@ -84,7 +94,8 @@ def _context_costs(timer: StepTimer, plans: dict[int, DraftPlan], context: int) 
     return max(0.0, added[few] - few * per_row), per_row
 
 
-def _powers_of_two(most: int) -> list[int]:
+def powers_of_two(most: int) -> list[int]:
+    """1, 2, 4 ... below ``most``, and ``most``."""
     powers = [1]
     while powers[-1] * 2 <= most:
         powers.append(powers[-1] * 2)

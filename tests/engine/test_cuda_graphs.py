@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import pytest
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from engine.core import EngineCore
 from engine.cuda_graphs import ALL_NEEDS, GREEDY, SAMPLED, StepGraphs
+from engine.decode.auto import GoodputPolicy
 from engine.input_batch import SamplingNeeds
 from engine.messages import GenerateRequest, GrammarSpec
 from engine.sampling_params import DecodingMode, SamplingParams
@@ -60,6 +61,24 @@ def engine_with_graphs(num_branches: int = 2, depth: int = 0, max_num_seqs: int 
             graphs.prepare(num_requests, plans)
     core.graphs = graphs
     return core, graphs
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_an_engine_with_a_capture_records_every_step_that_its_plans_may_take(depth: int) -> None:
+    capture = FakeCapture()
+    core = tiny_engine(tiny_model("qwen3", 0, 1.0), page_size=4, depth=depth, mode=DecodingMode.AUTO, capture=capture)
+    plain = tiny_engine(tiny_model("qwen3", 0, 1.0), page_size=4, depth=depth)
+    graphs, policy = core.graphs, core.scheduler.policies[DecodingMode.AUTO]
+    assert graphs is not None
+    assert isinstance(policy, GoodputPolicy)
+    for shape in policy._candidates(8):
+        assert graphs.covers(8, DraftPlan(shape.block_length, shape.num_branches, shape.block_length))
+    requests = random_requests(random.Random(4), 16)
+    requests += [replace(request, request_id=f"auto {i}", decoding=DecodingMode.AUTO) for i, request in enumerate(requests)]
+    recorded = capture.num_recorded
+    assert answers(core, requests, {}) == answers(plain, requests, {})
+    assert graphs.num_replays > 30
+    assert capture.num_recorded == recorded, "a step was captured while requests ran"
 
 
 def random_requests(rng: random.Random, count: int, **options: Any) -> list[GenerateRequest]:

@@ -25,6 +25,7 @@ from engine.config import (
     TidarConfig,
 )
 from engine.core import EngineCore
+from engine.cuda_graphs import Capture
 from engine.messages import SamplingDefaults
 from engine.models.transformer import Transformer
 from engine.sampling_params import DecodingMode
@@ -90,6 +91,8 @@ def tiny_engine(
     depth: int = 0,
     num_branches: int | None = 1,
     block_length: int | None = None,
+    mode: DecodingMode = DecodingMode.TIDAR,
+    capture: Capture | None = None,
     **decode: float,
 ) -> EngineCore:
     """An engine around a model, assembled as the server's is."""
@@ -97,6 +100,6 @@ def tiny_engine(
         "tiny",
         cache=CacheConfig(page_size, num_pages, prefix_caching),
         scheduler=SchedulerConfig(max_num_seqs, budget, async_depth=depth),
-        decode=DecodeConfig(DecodingMode.TIDAR, block_length, num_branches, **decode),
+        decode=DecodeConfig(mode, block_length, num_branches, **decode),
     )
-    return assemble(config, model, MAX_MODEL_LEN, SamplingDefaults(), tiny_grammars())
+    return assemble(config, model, MAX_MODEL_LEN, SamplingDefaults(), tiny_grammars(), capture=capture)

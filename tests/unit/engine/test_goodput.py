@@ -15,7 +15,7 @@ import pytest
 
 from engine.decode.auto import HYSTERESIS, STEPS_BETWEEN_CHOICES, STEPS_BETWEEN_PROBES, GoodputPolicy
 from engine.decode.goodput import AR, Acceptance, CostTable, PlanShape, blind_chance, expect, goodput, plan_shapes
-from engine.decode.measure import measure_costs
+from engine.decode.measure import measure_costs, powers_of_two
 from engine.decode.policy import Drafting
 from engine.step import DraftPlan
 
@@ -182,7 +182,7 @@ def test_measuring_times_every_plan_that_fits_and_what_context_adds() -> None:
         rows = num_requests * plan.num_rows
         return 1.0 + 0.1 * rows + context * (0.01 * num_requests + 0.002 * rows)
 
-    costs = measure_costs(timer, 8, max_num_seqs=6, max_rows=100, max_context=50)
+    costs = measure_costs(timer, 8, powers_of_two(6), max_rows=100, max_context=50)
     assert costs.num_requests == (1, 2, 4, 6)
     assert all(row[-1] <= 100 for row in costs.rows)
     assert costs.cost(3, 40) == pytest.approx(1 + 0.1 * 40)

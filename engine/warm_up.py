@@ -1,0 +1,91 @@
+"""What an engine does before it serves: it captures the steps that it will replay, and times its draft plans on that path.
+
+Both are bounded in time, the cheapest steps come first, and what is left out is told: steps that were not captured run
+operation by operation, and ``auto`` leaves them alone.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+
+from engine.cuda_graphs import GREEDY, StepGraphs
+from engine.decode.auto import GoodputPolicy
+from engine.decode.goodput import plan_shapes
+from engine.decode.measure import StepTimer, measure_costs, powers_of_two
+from engine.decode.policy import Drafting, DraftPolicy
+from engine.input_batch import SamplingNeeds
+from engine.step import DraftPlan
+
+MAX_CAPTURE_SECONDS = 60.0
+
+MEASURED_CONTEXT = 1024
+"""Cached tokens at which the cost of attention is timed."""
+
+PLAIN = DraftPlan(1, 0, 1)
+
+
+def plans_of(policies: Iterable[DraftPolicy], is_auto: bool) -> list[DraftPlan]:
+    """The plans of whole steps that these policies may take, each once; ``is_auto``: those that ``auto`` compares as well."""
+    plans = [PLAIN]
+    for policy in policies:
+        if isinstance(policy, Drafting):
+            plans += _plans(policy.block_length, policy.num_branches, policy.has_anchor)
+            shapes = plan_shapes(policy.block_length, not policy.has_anchor) if is_auto else ()
+            plans += [
+                p for s in shapes if s.block_length > 1 for p in _plans(s.block_length, s.num_branches, policy.has_anchor)
+            ]
+    return list(dict.fromkeys(plans))
+
+
+def _plans(block_length: int, num_branches: int, has_anchor: bool) -> list[DraftPlan]:
+    """A plan's steps. Without branches every other step is a redraft; with some, a redraft fits into the step of the others."""
+    steps = [DraftPlan(block_length, num_branches, block_length, has_anchor)]
+    return steps if num_branches else [*steps, DraftPlan(1, 1, block_length, has_anchor)]
+
+
+@torch.inference_mode()
+def capture_steps(
+    graphs: StepGraphs,
+    plans: Sequence[DraftPlan],
+    needs: Iterable[SamplingNeeds],
+    max_rows: int,
+    progress: Callable[[str], None],
+    seconds: float = MAX_CAPTURE_SECONDS,
+) -> int:
+    """Capture the plans for every bucket of requests, as far as rows and time allow; returns how many were left out.
+
+    ``needs``: what the sampling of the requests to come will mostly need, beside greedy decoding.
+    """
+    deadline = time.perf_counter() + seconds
+    sizes = sorted((n * plan.num_rows, n, plan) for n in graphs.buckets for plan in plans)
+    sizes = [size for size in sizes if size[0] <= max_rows]
+    wanted = list(dict.fromkeys((GREEDY, *needs)))
+    for done, (_, num_requests, plan) in enumerate(sizes):
+        if time.perf_counter() > deadline:
+            progress(f"{len(sizes) - done} of {len(sizes)} step sizes are not captured: {seconds:.0f} s are over")
+            return len(sizes) - done
+        for need in wanted:
+            graphs.prepare(num_requests, [plan], need)
+        if done % 16 == 0:
+            progress(f"captured {done} of {len(sizes)} step sizes")
+    progress(f"captured all {len(sizes)} step sizes")
+    return 0
+
+
+def follow_goodput(
+    configured: Drafting,
+    timer: StepTimer,
+    graphs: StepGraphs | None,
+    max_num_seqs: int,
+    max_rows: int,
+    max_context: int,
+) -> GoodputPolicy:
+    """Time the draft plans, and return the policy that picks among them."""
+    counts = graphs.buckets if graphs is not None else powers_of_two(max_num_seqs)
+    is_captured = graphs.covers if graphs is not None else None
+    context = min(max_context, MEASURED_CONTEXT)
+    costs = measure_costs(timer, configured.block_length, counts, max_rows, context, configured.has_anchor, is_captured)
+    return GoodputPolicy(configured, costs, is_captured)
