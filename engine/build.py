@@ -85,7 +85,9 @@ def assemble(
     runner = ModelRunner(model, KVCache(model_config, num_pages, page_size, dtype, device))
     batch = InputBatch(limits.max_num_seqs, block_length or 1, pages_per_sequence, model_config.vocab_size, device)
     decode = config.decode
-    settings = DecoderSettings(decode.trust_ar, decode.draft_temperature, decode.diffusion_threshold)
+    settings = DecoderSettings(
+        decode.trust_ar, decode.draft_temperature, decode.diffusion_threshold, decode.synthetic_acceptance
+    )
     decoder = TidarDecoder(batch, page_size, tidar.mask_token_id if tidar else None, settings)
     kv = KVCacheManager(PagePool(num_pages), page_size, config.cache.enable_prefix_caching)
     has_anchor = tidar is not None and tidar.anchor is DraftAnchor.COPY

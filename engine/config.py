@@ -142,7 +142,7 @@ class SchedulerConfig:
 class DecodeConfig:
     """The configured draft plan. ``mode`` is what ``auto`` means in a request.
 
-    ``block_length`` None: the checkpoint's own. ``num_branches`` None: all of them. The other three are those of
+    ``block_length`` None: the checkpoint's own. ``num_branches`` None: all of them. The other four are those of
     ``engine.decode.tidar.DecoderSettings``.
     """
 
@@ -152,6 +152,7 @@ class DecodeConfig:
     trust_ar: float = 1.0
     draft_temperature: float | None = None
     diffusion_threshold: float = 0.9
+    synthetic_acceptance: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

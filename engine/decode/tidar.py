@@ -19,7 +19,7 @@ from engine.decode.inputs import RowBuilder, StepInputs
 from engine.decode.logprobs import prompt_logprobs, verified_logprobs
 from engine.decode.pending import PendingResult
 from engine.decode.sampling import Ahead, GrammarRows, probability_of, process_logits, row_sampling, sample
-from engine.decode.verify import num_accepted
+from engine.decode.verify import imposed_drafts, num_accepted
 from engine.input_batch import InputBatch, SamplingNeeds
 from engine.step import StepPlan
 
@@ -31,11 +31,13 @@ class DecoderSettings:
     ``trust_ar``: the paper's beta, the weight of the autoregressive logits where a branch's first mask reads the same
     position; below 1 the ``tidar`` mode is lossy. ``draft_temperature``: None drafts at each request's own temperature, 0
     drafts the likeliest token. ``diffusion_threshold``: the probability from which the ``diffusion`` mode decides a token.
+    ``synthetic_acceptance``: a coin with this chance accepts drafts, for benchmarks of weights that were never trained.
     """
 
     trust_ar: float = 1.0
     draft_temperature: float | None = None
     diffusion_threshold: float = 0.9
+    synthetic_acceptance: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +100,9 @@ class TidarDecoder:
         layout, batch, slot_N = inputs.layout, self.batch, inputs.slot_N
         sampled_ND = self._sample_verified(inputs, logits_QV, grammar)
         drafts_ND = batch.drafts_SK[slot_N, : layout.max_drafts]
+        if self.settings.synthetic_acceptance is not None and layout.max_drafts:
+            first_N = inputs.attention.prefix_lengths + layout.num_prefill_N
+            drafts_ND = imposed_drafts(sampled_ND, first_N, self.settings.synthetic_acceptance)
         accepted_N = num_accepted(sampled_ND, drafts_ND, inputs.num_drafts_N)
         is_diffusion_N = batch.is_diffusion_S[slot_N]
         if inputs.has_diffusion:

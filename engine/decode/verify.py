@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kernels.philox.reference import philox
+
 
 def num_accepted(sampled_ND: Tensor, drafts_ND: Tensor, num_drafts_N: Tensor) -> Tensor:
     """How many drafts each request commits, [N], at least 1 where there is a draft at all.
@@ -18,6 +20,18 @@ def num_accepted(sampled_ND: Tensor, drafts_ND: Tensor, num_drafts_N: Tensor) ->
     index = torch.arange(1, sampled_ND.shape[1], device=sampled_ND.device)
     matches = (sampled_ND[:, :-1] == drafts_ND[:, 1:]) & (index < num_drafts_N[:, None])
     return first + matches.cumprod(dim=1).sum(dim=1)
+
+
+def imposed_drafts(sampled_ND: Tensor, position_N: Tensor, chance: float) -> Tensor:
+    """Drafts [N, D] that are accepted by a coin, independently with ``chance`` each, whatever was guessed: for benchmarks.
+
+    The coin is a function of the position (Philox), the first verifying row's being ``position_N``.
+    """
+    zero = torch.zeros_like(position_N)[:, None]
+    positions_ND = position_N[:, None] + torch.arange(sampled_ND.shape[1], device=sampled_ND.device)
+    words_ND = philox((zero, zero), (positions_ND, zero, zero, zero))[0]
+    right_ND = torch.cat((sampled_ND[:, :1], sampled_ND[:, :-1]), dim=1)
+    return torch.where(words_ND < chance * 2.0**32, right_ND, -1)
 
 
 def rank_branches(

@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from engine.decode.verify import num_accepted, rank_branches
+from engine.decode.verify import imposed_drafts, num_accepted, rank_branches
 
 
 def accepted(sampled: list[int], drafts: list[int], num_drafts: int) -> int:
@@ -97,3 +97,13 @@ def test_no_branch_is_run_near_the_end(useful: int) -> None:
 def test_drafts_that_are_sure_to_be_accepted_leave_the_last_branch() -> None:
     three, one = torch.tensor([3]), torch.tensor([1])
     assert rank_branches(torch.tensor([[0.0, 1.0, 1.0]]), three, three, one, 1).tolist() == [[2]]
+
+
+@pytest.mark.parametrize("chance", [0.0, 0.6, 1.0])
+def test_an_imposed_acceptance_is_that_of_independent_coins(chance: float) -> None:
+    size, width = 20_000, 5
+    sampled = torch.zeros((size, width), dtype=torch.long)
+    drafts = imposed_drafts(sampled, torch.arange(size) * width, chance)
+    counts = num_accepted(sampled, drafts, torch.full((size,), width))
+    expected = sum(chance**i for i in range(width))
+    assert counts.double().mean().item() == pytest.approx(expected, abs=0.03)
