@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,6 +13,8 @@ from torch import Tensor
 from kernels.kv_write import reference as kv_write_reference
 from kernels.linear import packed as packed_linear
 from kernels.linear import reference as linear_reference
+from kernels.linear.choice import ChoiceTable
+from kernels.linear.weight import Weight
 from kernels.paged_attention import reference as paged_attention_reference
 from kernels.paged_attention.metadata import AttentionMetadata
 from kernels.rms_norm import reference as rms_norm_reference
@@ -20,15 +22,20 @@ from kernels.rope import reference as rope_reference
 from kernels.swiglu import reference as swiglu_reference
 
 
+TuneLinear = Callable[[Sequence[Weight], torch.dtype, int, Callable[[str], None]], ChoiceTable | None]
+"""Chooses implementations for the model's weights, the type of its rows and the most rows of a step; reports progress."""
+
+
 @dataclass(frozen=True, slots=True)
 class Kernels:
     """The operations of a step. Every field has the signature of its reference; ``name`` is for the start-up report.
 
     What ``prepare_attention`` returns is opaque: it is made once a step and handed to ``paged_attention`` by every layer.
+    ``tune_linear`` is called once, before the first step; what ``linear`` does is fixed from then on.
     """
 
     name: str
-    linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+    linear: Callable[[Tensor, Weight, Tensor | None], Tensor]
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
     rope: Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -36,6 +43,14 @@ class Kernels:
     kv_write: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
     prepare_attention: Callable[[AttentionMetadata, int, int, torch.dtype], Any]
     paged_attention: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Any, float], Tensor]
+    tune_linear: TuneLinear
+
+
+def nothing_to_tune(
+    weights: Sequence[Weight], dtype: torch.dtype, max_rows: int, progress: Callable[[str], None]
+) -> ChoiceTable | None:
+    """Of linear layers that have one implementation for all shapes."""
+    return None
 
 
 REFERENCE = Kernels(
@@ -48,6 +63,7 @@ REFERENCE = Kernels(
     kv_write=kv_write_reference.kv_write,
     prepare_attention=paged_attention_reference.prepare,
     paged_attention=paged_attention_reference.paged_attention,
+    tune_linear=nothing_to_tune,
 )
 """Plain torch on any device, with gradients: training uses it, too."""
 
@@ -69,12 +85,16 @@ def select_kernels(choice: str, device: torch.device, dtype: torch.dtype, num_kv
     if dtype not in (torch.float16, torch.bfloat16):
         raise ValueError(f"the Triton kernels compute in float16 or bfloat16, not {dtype}: use --kernels reference")
     try:
+        from kernels.linear.tuned import TunedLinear
         from kernels.paged_attention import triton
     except ImportError as error:
         raise ValueError("Triton is not installed: install it or use --kernels reference") from error
+    linear = TunedLinear()
     return replace(
         REFERENCE,
-        name="triton attention, reference otherwise",
+        name="triton attention, linear layers by measurement, reference otherwise",
+        linear=linear,
+        tune_linear=linear.tune,
         prepare_attention=functools.partial(triton.prepare, num_kv_heads=num_kv_heads),
         paged_attention=triton.paged_attention,
     )

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from engine.config import ModelConfig
 from engine.models.rope import query_scale_table, rope_tables
 from kernels.backend import REFERENCE, Kernels
+from kernels.linear.weight import Weight
 
 
 class Attention(Protocol):
@@ -143,6 +144,19 @@ class Transformer(nn.Module):
         assert residual is not None, "a transformer has at least one layer"
         return self.kernels.add_rms_norm(x, residual, self.norm, self.config.rms_norm_eps)[0]
 
+    @property
+    def head(self) -> Tensor:
+        """The weight that makes logits, [V, E]: the embedding's where the two are tied."""
+        return self.embedding if self.lm_head is None else self.lm_head
+
+    def linear_weights(self) -> list[Weight]:
+        """The weights that every row of a step meets in a linear layer, and the head."""
+        weights: list[Weight] = []
+        for layer in self.layers:
+            assert isinstance(layer, DecoderLayer)
+            weights += (layer.qkv, layer.output, layer.gate_up, layer.down)
+        return [*weights, self.head]
+
     def logits(self, hidden_RE: Tensor) -> Tensor:
         """Return next-token (clean rows) or same-position (mask rows) logits, [R, V], from the one head."""
-        return self.kernels.linear(hidden_RE, self.embedding if self.lm_head is None else self.lm_head, None)
+        return self.kernels.linear(hidden_RE, self.head, None)

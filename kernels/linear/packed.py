@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kernels.linear import reference
+from kernels.linear.weight import QuantizedWeight, Weight
 
 PACKED_BYTES = 1 << 30
 """Packing keeps a second copy of a weight, so only this much is packed; larger models are bound by memory anyway."""
@@ -24,14 +25,19 @@ def is_available() -> bool:
 
 
 class PackedLinear:
-    """``linear`` for inference: packs a float32 weight when it is first used. Weights must not change afterwards."""
+    """``linear`` for inference: packs a float32 weight when it is first used. Weights must not change afterwards.
+
+    Weights of other types and in eight bits are left to the reference.
+    """
 
     def __init__(self) -> None:
         # Keeps the weights themselves, too, so that an id cannot come to mean another tensor.
         self._packed: dict[int, tuple[Tensor, Tensor]] = {}
         self._bytes = 0
 
-    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    def __call__(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
+        if isinstance(weight, QuantizedWeight):
+            return reference.linear(x, weight, bias)
         entry = self._packed.get(id(weight))
         if entry is None:
             if weight.dtype != torch.float32 or self._bytes + weight.nbytes > PACKED_BYTES:

@@ -1,0 +1,86 @@
+"""Linear layers on a GPU: the library or a tile of the Triton kernel, whichever was faster on this device."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from triton.runtime.errors import OutOfResources
+
+from kernels.linear import reference, triton
+from kernels.linear.choice import ChoiceTable, LayerShape, Tile, measure
+from kernels.linear.weight import Weight
+
+_REPLAYS = 5
+
+_COLD_BYTES = 256 * 2**20
+"""A timed graph streams at least this much where the model has it, so that no weight is still in the cache."""
+
+
+class TunedLinear:
+    """``linear`` by a table of choices, which is empty (the library everywhere) until ``tune`` has measured one."""
+
+    def __init__(self, table: ChoiceTable | None = None) -> None:
+        self.table = table or ChoiceTable()
+
+    def __call__(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
+        return apply(x, weight, bias, self.table.tile(LayerShape.of(weight), len(x)))
+
+    def tune(
+        self, weights: Sequence[Weight], dtype: torch.dtype, max_rows: int, progress: Callable[[str], None]
+    ) -> ChoiceTable:
+        """Measure on the model's own weights; steps have at most ``max_rows`` rows of ``dtype``. Before any step is captured."""
+        timer = GraphTimer(weights, dtype)
+        self.table = measure(list(timer.weights), max_rows, timer.num_processors, timer, progress)
+        return self.table
+
+
+def apply(x: Tensor, weight: Weight, bias: Tensor | None, tile: Tile | None) -> Tensor:
+    """One linear layer by a tile, or by the library."""
+    return reference.linear(x, weight, bias) if tile is None else triton.linear(x, weight, bias, tile=tile)
+
+
+class GraphTimer:
+    """Times calls inside a CUDA graph, where a step makes them: no launch from the host, one weight after the other."""
+
+    def __init__(self, weights: Sequence[Weight], dtype: torch.dtype) -> None:
+        self.dtype, self.device = dtype, weights[0].device
+        self.weights: dict[LayerShape, list[Weight]] = defaultdict(list)
+        for weight in weights:
+            self.weights[LayerShape.of(weight)].append(weight)
+        self.num_processors = int(torch.cuda.get_device_properties(self.device).multi_processor_count)
+
+    @torch.inference_mode()
+    def __call__(self, shape: LayerShape, rows: int, tile: Tile | None) -> float:
+        """Seconds of one call; infinite if the tile needs more of a processor than it has."""
+        size = shape.width_out * shape.width_in * shape.element_size
+        weights = self.weights[shape][: -(-_COLD_BYTES // size)]
+        x = torch.randn(rows, shape.width_in, dtype=self.dtype, device=self.device)
+
+        def run() -> None:
+            for weight in weights:
+                apply(x, weight, None, tile)
+
+        try:
+            run()  # compiles
+        except OutOfResources:
+            return math.inf
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run()
+        return _fastest(graph.replay) / len(weights)
+
+
+def _fastest(replay: Callable[[], None]) -> float:
+    """Seconds of the fastest of a few replays, the first of which only warms up."""
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(_REPLAYS + 1)]
+    replay()
+    for event in events[:-1]:
+        event.record()
+        replay()
+    events[-1].record()
+    events[-1].synchronize()
+    return min(a.elapsed_time(b) for a, b in zip(events, events[1:], strict=False)) / 1e3
