@@ -82,6 +82,7 @@ def assemble(
     num_pages = _num_pages(config, model_config, max_model_len, dtype, device)
     progress(f"allocating {num_pages} KV pages of {page_size} tokens")
     model.build_rope(num_positions)
+    choices = model.kernels.tune_linear(model.linear_weights(), dtype, limits.max_num_batched_tokens, progress)
     runner = ModelRunner(model, KVCache(model_config, num_pages, page_size, dtype, device))
     batch = InputBatch(limits.max_num_seqs, block_length or 1, pages_per_sequence, model_config.vocab_size, device)
     decode = config.decode
@@ -132,6 +133,7 @@ def assemble(
             "threads": str(torch.get_num_threads()),
             "loop depth": str(depth),
             "captured steps": str(graphs.num_captured) if graphs is not None else "none",
+            **({} if choices is None else {"linear layers": str(choices)}),
         },
     )
     return EngineCore(scheduler, decoder, runner, grammars, info, depth, graphs)

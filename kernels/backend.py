@@ -21,7 +21,6 @@ from kernels.rms_norm import reference as rms_norm_reference
 from kernels.rope import reference as rope_reference
 from kernels.swiglu import reference as swiglu_reference
 
-
 TuneLinear = Callable[[Sequence[Weight], torch.dtype, int, Callable[[str], None]], ChoiceTable | None]
 """Chooses implementations for the model's weights, the type of its rows and the most rows of a step; reports progress."""
 

@@ -64,7 +64,7 @@ class LayerShape:
     def of(cls, weight: Weight) -> LayerShape:
         """The shape of a weight."""
         values = weight.values if isinstance(weight, QuantizedWeight) else weight
-        return cls(*values.shape, values.element_size())
+        return cls(values.shape[0], values.shape[1], values.element_size())
 
     def buckets(self, max_rows: int) -> tuple[int, ...]:
         """The rows to measure at. Beyond the last bucket only eight-bit weights gain from a kernel of their own."""
@@ -185,9 +185,7 @@ def measure(
     return ChoiceTable(measurements)
 
 
-def _measure_cell(
-    shape: LayerShape, rows: int, num_processors: int, timer: Timer, is_late: Callable[[], bool]
-) -> Measurement:
+def _measure_cell(shape: LayerShape, rows: int, num_processors: int, timer: Timer, is_late: Callable[[], bool]) -> Measurement:
     library, best, best_seconds = timer(shape, rows, None), None, math.inf
     for tile in candidates(shape, rows, num_processors):
         if is_late():

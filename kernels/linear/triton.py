@@ -42,7 +42,7 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None = None, *, tile: Tile)
     if num_rows == 0:
         return out
     split = tile.split_k > 1
-    split_size = triton.cdiv(triton.cdiv(width_in, tile.split_k), tile.block_k) * tile.block_k
+    split_steps = triton.cdiv(triton.cdiv(width_in, tile.split_k), tile.block_k)
     sums = torch.empty(tile.split_k, num_rows, width_out, dtype=torch.float32, device=x.device) if split else out
     # Row tiles vary fastest: those that share a weight tile run together and read it from the cache.
     grid = (triton.cdiv(num_rows, tile.block_m), triton.cdiv(width_out, tile.block_n), tile.split_k)
@@ -55,7 +55,7 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None = None, *, tile: Tile)
         num_rows,
         width_out,
         width_in,
-        split_size,
+        split_steps,
         x.stride(0),
         values.stride(0),
         BLOCK_M=tile.block_m,
@@ -94,7 +94,7 @@ def _linear_kernel(
     num_rows,
     width_out,
     width_in,
-    split_size,
+    split_steps,
     x_stride,
     weight_stride,
     BLOCK_M: tl.constexpr,
@@ -107,8 +107,9 @@ def _linear_kernel(
     piece = tl.program_id(2)
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    first = piece * split_size
-    last = tl.minimum(first + split_size, width_in)
+    # A product with the constant tells the compiler that every piece starts at a whole block, so that loads stay wide.
+    first = piece * split_steps * BLOCK_K
+    last = tl.minimum(first + split_steps * BLOCK_K, width_in)
     inner = tl.arange(0, BLOCK_K)
     # Beyond the end the last row or column is read once more, and never stored: so the loop needs no mask for them.
     row_starts = tl.minimum(rows, num_rows - 1).to(tl.int64) * x_stride

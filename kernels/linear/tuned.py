@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -32,7 +33,7 @@ class TunedLinear:
     def tune(
         self, weights: Sequence[Weight], dtype: torch.dtype, max_rows: int, progress: Callable[[str], None]
     ) -> ChoiceTable:
-        """Measure on the model's own weights; steps have at most ``max_rows`` rows of ``dtype``. Before any step is captured."""
+        """Measure on the model's own weights, before anything is captured; steps have at most ``max_rows`` rows."""
         timer = GraphTimer(weights, dtype)
         self.table = measure(list(timer.weights), max_rows, timer.num_processors, timer, progress)
         return self.table
@@ -83,4 +84,4 @@ def _fastest(replay: Callable[[], None]) -> float:
         replay()
     events[-1].record()
     events[-1].synchronize()
-    return min(a.elapsed_time(b) for a, b in zip(events, events[1:], strict=False)) / 1e3
+    return float(min(a.elapsed_time(b) for a, b in itertools.pairwise(events))) / 1e3

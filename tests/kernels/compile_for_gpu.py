@@ -1,4 +1,4 @@
-"""Compiles the attention kernels to machine code for compute capability 9.0, without a GPU: ``python -m`` this module.
+"""Compiles the Triton kernels to machine code for compute capability 9.0, without a GPU: ``python -m`` this module.
 
 Needs a process in which Triton is not interpreting. Prints the shared memory of each variant.
 """
@@ -11,6 +11,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from kernels.linear import triton as linear
+from kernels.linear.choice import LayerShape, candidates
 from kernels.paged_attention import triton as kernels
 
 TARGET = GPUTarget("cuda", 90, 32)
@@ -34,20 +36,50 @@ def pointer(name: str) -> str | None:
     return "*i32" if name == "items" else None
 
 
-def compile_kernel(function: Any, constants: dict[str, Any], warps: int) -> None:
-    """Compile one kernel as a launch would specialise it: pointers and strides are multiples of 16, lengths are not."""
+def compile_kernel(
+    function: Any, constants: dict[str, Any], warps: int, stages: int = 3, pointers: dict[str, str] | None = None
+) -> Any:
+    """Compile one kernel as a launch would specialise it: pointers and strides are multiples of 16, lengths are not.
+
+    ``pointers``: types that differ from those of most kernels.
+    """
     signature, attributes = {}, {}
     for i, name in enumerate(function.arg_names):
         number = "fp32" if name == "scale" else "i32"
-        signature[name] = "constexpr" if name in constants else pointer(name) or number
-        if pointer(name) or (name.endswith("_stride") and name != "table_stride"):
+        kind = (pointers or {}).get(name) or pointer(name)
+        signature[name] = "constexpr" if name in constants else kind or number
+        if kind or name.startswith("width") or (name.endswith("_stride") and name != "table_stride"):
             attributes[(i,)] = [["tt.divisibility", 16]]
     places = {(function.arg_names.index(name),): value for name, value in constants.items()}
     source = ASTSource(fn=function, signature=signature, constexprs=places, attrs=attributes)
-    compiled = triton.compile(source, target=TARGET, options={"num_warps": warps, "num_stages": 3})
+    compiled = triton.compile(source, target=TARGET, options={"num_warps": warps, "num_stages": stages})
     assert compiled.asm["cubin"]
     print(function.__name__, constants, "shared memory", compiled.metadata.shared)
     assert compiled.metadata.shared <= SHARED_MEMORY
+    return compiled
+
+
+def compile_linear() -> None:
+    """Every tile that a step of Qwen3-8B may choose from, with 16-bit and with eight-bit weights."""
+    for element_size, weight in ((2, "*bf16"), (1, "*fp8e4nv")):
+        pointers = {"x": "*bf16", "weight": weight, "bias": "*bf16", "scale": "*fp32"}
+        absent = {"bias": None, **({} if element_size == 1 else {"scale": None})}
+        done = set()
+        for rows in (16, 32, 64, 128):
+            for tile in candidates(LayerShape(4096, 4096, element_size), rows, 132):
+                is_split = tile.split_k > 1
+                sizes = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k}
+                if (variant := (*sizes.values(), is_split)) in done:
+                    continue
+                done.add(variant)
+                out = {"out": "*fp32" if is_split else "*bf16"}
+                constants = {**sizes, "SPLIT": is_split, "EVEN_K": True, **absent}
+                compiled = compile_kernel(
+                    linear._linear_kernel, constants, tile.num_warps, tile.num_stages, {**pointers, **out}
+                )
+                assert "wgmma.mma_async" in compiled.asm["ptx"], "the tensor cores of this generation are used"
+                assert "cp.async" in compiled.asm["ptx"], "loads run ahead of the products"
+        compile_kernel(linear._merge_kernel, {"SPLIT_K": 4, "BLOCK": 512, **absent}, 4, pointers=pointers)
 
 
 if __name__ == "__main__":
@@ -56,3 +88,4 @@ if __name__ == "__main__":
     merge = {name: VARIANTS[1][name] for name in ("HEAD_DIM", "BLOCK_D", "GROUP", "BLOCK_M")}
     compile_kernel(kernels._merge_kernel, merge, 4)
     compile_kernel(kernels._bound_tiles_kernel, {"GROUP": 4, "BLOCK_M": 128, "STEP_N": 64, "SCAN": 128}, 4)
+    compile_linear()
