@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import os
+import platform
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -12,6 +14,7 @@ import torch
 from engine.config import DecodeConfig, DraftAnchor, EngineConfig, ModelConfig
 from engine.core import EngineCore, launch
 from engine.cuda_graphs import Capture, CudaCapture, StepGraphs
+from engine.decode.cost_cache import cached_costs
 from engine.decode.measure import step_timer
 from engine.decode.policy import Drafting, default_mode, policies
 from engine.decode.tidar import DecoderSettings, TidarDecoder
@@ -27,6 +30,7 @@ from engine.models.transformer import Transformer
 from engine.page_pool import PagePool
 from engine.sampling_params import DecodingMode, SamplingParams
 from engine.scheduler import Scheduler
+from engine.step import DraftPlan
 from engine.warm_up import capture_steps, follow_goodput, plans_of
 from kernels.backend import select_kernels
 
@@ -84,7 +88,8 @@ def assemble(
     model.build_rope(num_positions)
     choices = model.kernels.tune_linear(model.linear_weights(), dtype, limits.max_num_batched_tokens, progress)
     runner = ModelRunner(model, KVCache(model_config, num_pages, page_size, dtype, device))
-    batch = InputBatch(limits.max_num_seqs, block_length or 1, pages_per_sequence, model_config.vocab_size, device)
+    max_drafts = block_length or 1
+    batch = InputBatch(limits.max_num_seqs, max_drafts, pages_per_sequence, model_config.vocab_size, device)
     decode = config.decode
     settings = DecoderSettings(
         decode.trust_ar, decode.draft_temperature, decode.diffusion_threshold, decode.synthetic_acceptance
@@ -94,22 +99,18 @@ def assemble(
     has_anchor = tidar is not None and tidar.anchor is DraftAnchor.COPY
     table = policies(decode, block_length, limits.max_num_batched_tokens, has_anchor)
     configured = table[DecodingMode.AUTO]
-    max_rows = limits.max_num_batched_tokens
+    graphs = StepGraphs(decoder, runner, capture, max_model_len) if capture is not None else None
     # Below 1, trust_ar makes the output depend on the plan: then auto stays with one.
     is_auto = decode.mode is DecodingMode.AUTO and decode.trust_ar == 1.0
-    graphs = StepGraphs(decoder, runner, capture, max_model_len) if capture is not None else None
     if graphs is not None:
         needs = SamplingNeeds.of([SamplingParams(1, **asdict(defaults))])
-        try:
-            capture_steps(graphs, plans_of(table.values(), is_auto), [needs], max_rows, progress)
-        except RuntimeError as error:
-            raise ConfigError(f"steps cannot be captured in CUDA graphs ({error}): start with --enforce-eager") from error
+        _capture(graphs, plans_of(table.values(), is_auto), needs, limits.max_num_batched_tokens, progress)
     if is_auto and isinstance(configured, Drafting):
         progress("timing draft plans")
-        start_step = functools.partial(launch, decoder=decoder, runner=runner, graphs=graphs)
-        timer = step_timer(start_step, decoder, configured.block_length)
-        limit = (limits.max_num_seqs, max_rows, max_model_len - 1)
-        table[DecodingMode.AUTO] = follow_goodput(configured, timer, graphs, *limit)
+        timer = step_timer(functools.partial(launch, decoder=decoder, runner=runner, graphs=graphs), decoder, max_drafts)
+        limit = (limits.max_num_seqs, limits.max_num_batched_tokens, max_model_len - 1)
+        keep = functools.partial(cached_costs, _cost_folder(config, device), _cost_key(config, model, graphs is not None))
+        table[DecodingMode.AUTO] = follow_goodput(configured, timer, graphs, *limit, keep)
     scheduler = Scheduler(limits, kv, table, model_config.eos_token_ids, max_model_len)
     depth = int(device.type == "cuda") if limits.async_depth is None else limits.async_depth
     info = EngineInfo(
@@ -137,6 +138,36 @@ def assemble(
         },
     )
     return EngineCore(scheduler, decoder, runner, grammars, info, depth, graphs)
+
+
+def _capture(
+    graphs: StepGraphs, plans: list[DraftPlan], needs: SamplingNeeds, max_rows: int, progress: Callable[[str], None]
+) -> None:
+    try:
+        capture_steps(graphs, plans, [needs], max_rows, progress)
+    except RuntimeError as error:
+        raise ConfigError(f"steps cannot be captured in CUDA graphs ({error}): start with --enforce-eager") from error
+
+
+def _cost_folder(config: EngineConfig, device: torch.device) -> Path | None:
+    """Where measured costs are kept. A CPU is shared with whatever else runs, so that its costs are measured anew."""
+    if config.cost_cache is not None:
+        return Path(config.cost_cache).expanduser()
+    if device.type != "cuda":
+        return None
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "tidar-server"
+
+
+def _cost_key(config: EngineConfig, model: Transformer, has_graphs: bool) -> dict[str, str]:
+    """What the time of a step depends on."""
+    device, limits = model.embedding.device, config.scheduler
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {
+        "device": f"{name}, {torch.get_num_threads()} threads",
+        "versions": f"torch {torch.__version__}, kernels {model.kernels.name}, graphs {has_graphs}",
+        "model": f"{model.config} {model.embedding.dtype}",
+        "limits": f"{limits.max_num_seqs} {limits.max_num_batched_tokens} {config.max_model_len} {config.decode}",
+    }
 
 
 def _device(name: str) -> torch.device:

@@ -161,6 +161,7 @@ class EngineConfig:
 
     ``kernels`` is ``auto``, ``reference`` (plain torch) or ``triton``. ``tokenizer`` is the folder whose vocabulary grammars
     speak of; None: the model's. ``enforce_eager``: no step is captured in a CUDA graph.
+    ``cost_cache``: the folder that keeps what draft plans cost; None: the user's cache folder on a GPU, none on a CPU.
     """
 
     model: str
@@ -172,6 +173,7 @@ class EngineConfig:
     num_threads: int | None = None
     kernels: str = "auto"
     enforce_eager: bool = False
+    cost_cache: str | None = None
     cache: CacheConfig = field(default_factory=CacheConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     decode: DecodeConfig = field(default_factory=DecodeConfig)

@@ -13,7 +13,7 @@ import torch
 
 from engine.cuda_graphs import GREEDY, StepGraphs
 from engine.decode.auto import GoodputPolicy
-from engine.decode.goodput import plan_shapes
+from engine.decode.goodput import CostTable, plan_shapes
 from engine.decode.measure import StepTimer, measure_costs, powers_of_two
 from engine.decode.policy import Drafting, DraftPolicy
 from engine.input_batch import SamplingNeeds
@@ -82,10 +82,11 @@ def follow_goodput(
     max_num_seqs: int,
     max_rows: int,
     max_context: int,
+    keep: Callable[[Callable[[], CostTable]], CostTable] = lambda measure: measure(),
 ) -> GoodputPolicy:
-    """Time the draft plans, and return the policy that picks among them."""
+    """Time the draft plans, and return the policy that picks among them. ``keep`` may know the costs from an earlier start."""
     counts = graphs.buckets if graphs is not None else powers_of_two(max_num_seqs)
     is_captured = graphs.covers if graphs is not None else None
     context = min(max_context, MEASURED_CONTEXT)
-    costs = measure_costs(timer, configured.block_length, counts, max_rows, context, configured.has_anchor, is_captured)
-    return GoodputPolicy(configured, costs, is_captured)
+    plan = (configured.block_length, counts, max_rows, context, configured.has_anchor, is_captured)
+    return GoodputPolicy(configured, keep(lambda: measure_costs(timer, *plan)), is_captured)

@@ -159,6 +159,7 @@ class EngineCollector(Collector):
             yield self._one(CounterMetricFamily(name, text, labels=_LABELS), getattr(stats, field))
         yield self._accepted_per_position(stats)
         yield self._rows(stats)
+        yield from self._plan(stats)
         yield self._cache_config()
 
     def _one(self, family: GaugeMetricFamily | CounterMetricFamily, value: float) -> Metric:
@@ -177,6 +178,19 @@ class EngineCollector(Collector):
         for kind, count in (("prefill", stats.prefill_rows), ("draft", stats.draft_rows), ("mask", stats.mask_rows)):
             family.add_metric((*self._labels, kind), count)
         return family
+
+    def _plan(self, stats: EngineStats) -> Iterator[Metric]:
+        """The plan that ``auto`` follows, and why: what every plan was expected to give when it was chosen."""
+        if not stats.plan:
+            return
+        plan = GaugeMetricFamily("tidar:plan_info", "The draft plan that auto follows; always 1.", labels=(*_LABELS, "plan"))
+        plan.add_metric((*self._labels, stats.plan), 1)
+        yield plan
+        text = "Tokens per second that a plan was expected to give when the plan in force was chosen."
+        goodput = GaugeMetricFamily("tidar:plan_expected_goodput", text, labels=(*_LABELS, "plan"))
+        for name, value in stats.plan_goodput:
+            goodput.add_metric((*self._labels, name), value)
+        yield goodput
 
     def _cache_config(self) -> Metric:
         info = self._engine.info

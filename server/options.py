@@ -55,6 +55,9 @@ SERVE_FLAGS = (
         None,
         "steps launched before the last one was read; if not given, 1 on a GPU",
     ),
+    Flag(
+        "cost-cache", text, None, "folder that keeps the measured costs of draft plans; on a GPU, the user's cache if not given"
+    ),
     Flag("enforce-eager", switch, False, "do not capture steps in CUDA graphs", is_switch=True),
     Flag(
         "max-waiting-requests", integer(0), _SCHEDULER.max_waiting_requests, "length of the queue; beyond it clients get a 503"
@@ -174,6 +177,7 @@ def _engine_config(model: str, values: dict[str, Any]) -> EngineConfig:
         num_threads=values["num_threads"],
         kernels=values["kernels"],
         enforce_eager=values["enforce_eager"],
+        cost_cache=values["cost_cache"],
         cache=CacheConfig(
             page_size=values["page_size"],
             num_pages=values["num_pages"],

@@ -188,6 +188,15 @@ async def test_metrics_of_the_engine(make_client):
     accepted = "vllm:spec_decode_num_accepted_tokens_per_pos_total"
     assert [found[accepted, (("position", str(i)),)] for i in (0, 1)] == [12, 13]
     assert [found["tidar:rows_total", (("kind", kind),)] for kind in ("prefill", "draft", "mask")] == [14, 15, 16]
+    assert not any(name.startswith("tidar:plan") for name, _ in found), "auto means a fixed plan"
+
+
+async def test_metrics_of_the_plan_in_force(make_client):
+    snapshot = EngineStats(plan="tidar-1 of 8", plan_goodput=(("ar", 100.0), ("tidar-1 of 8", 350.0)))
+    async with make_client(FakeEngine(snapshot=snapshot), served_model_names=("m",)) as client:
+        found = await samples(client)
+    assert found["tidar:plan_info", (("plan", "tidar-1 of 8"),)] == 1
+    assert [found["tidar:plan_expected_goodput", (("plan", name),)] for name in ("ar", "tidar-1 of 8")] == [100.0, 350.0]
 
 
 async def test_metrics_of_requests(make_client, tokenizer):

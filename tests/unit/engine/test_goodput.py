@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from engine.decode.auto import HYSTERESIS, STEPS_BETWEEN_CHOICES, STEPS_BETWEEN_PROBES, GoodputPolicy
+from engine.decode.cost_cache import costs_from
 from engine.decode.goodput import AR, Acceptance, CostTable, PlanShape, blind_chance, expect, goodput, plan_shapes
 from engine.decode.measure import measure_costs, powers_of_two
 from engine.decode.policy import Drafting
@@ -32,12 +33,7 @@ def modelled_8b() -> CostTable:
 
 
 def measured_bundled() -> CostTable:
-    values = json.loads((Path(__file__).parent / "data" / "costs-bundled-2-cores.json").read_text())
-    as_tuples = {
-        name: tuple(tuple(x) if isinstance(x, list) else x for x in v) if isinstance(v, list) else v
-        for name, v in values.items()
-    }
-    return CostTable(**as_tuples)
+    return costs_from(json.loads((Path(__file__).parent / "data" / "costs-bundled-2-cores.json").read_text()))
 
 
 TABLES = {"modelled H200, 8B, k 16": (modelled_8b, 16, 1024.0), "measured CPU, bundled, k 8": (measured_bundled, 8, 100.0)}
