@@ -102,7 +102,7 @@ class TidarDecoder:
         drafts_ND = batch.drafts_SK[slot_N, : layout.max_drafts]
         if self.settings.synthetic_acceptance is not None and layout.max_drafts:
             first_N = inputs.attention.prefix_lengths + layout.num_prefill_N
-            drafts_ND = imposed_drafts(sampled_ND, first_N, self.settings.synthetic_acceptance)
+            drafts_ND = imposed_drafts(sampled_ND, batch.seed_S[slot_N], first_N, self.settings.synthetic_acceptance)
         accepted_N = num_accepted(sampled_ND, drafts_ND, inputs.num_drafts_N)
         is_diffusion_N = batch.is_diffusion_S[slot_N]
         if inputs.has_diffusion:

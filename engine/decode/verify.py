@@ -22,14 +22,15 @@ def num_accepted(sampled_ND: Tensor, drafts_ND: Tensor, num_drafts_N: Tensor) ->
     return first + matches.cumprod(dim=1).sum(dim=1)
 
 
-def imposed_drafts(sampled_ND: Tensor, position_N: Tensor, chance: float) -> Tensor:
+def imposed_drafts(sampled_ND: Tensor, seed_N: Tensor, position_N: Tensor, chance: float) -> Tensor:
     """Drafts [N, D] that are accepted by a coin, independently with ``chance`` each, whatever was guessed: for benchmarks.
 
-    The coin is a function of the position (Philox), the first verifying row's being ``position_N``.
+    The coin is a function of the request's seed and the position (Philox), the first verifying row's being ``position_N``.
+    Requests with different seeds accept independently, as real ones do: in step, they would average nothing out.
     """
-    zero = torch.zeros_like(position_N)[:, None]
+    seed_N1, zero = seed_N[:, None], torch.zeros_like(position_N)[:, None]
     positions_ND = position_N[:, None] + torch.arange(sampled_ND.shape[1], device=sampled_ND.device)
-    words_ND = philox((zero, zero), (positions_ND, zero, zero, zero))[0]
+    words_ND = philox((seed_N1 & 0xFFFFFFFF, (seed_N1 >> 32) & 0xFFFFFFFF), (positions_ND, zero, zero, zero))[0]
     right_ND = torch.cat((sampled_ND[:, :1], sampled_ND[:, :-1]), dim=1)
     return torch.where(words_ND < chance * 2.0**32, right_ND, -1)
 

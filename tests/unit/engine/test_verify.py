@@ -103,7 +103,15 @@ def test_drafts_that_are_sure_to_be_accepted_leave_the_last_branch() -> None:
 def test_an_imposed_acceptance_is_that_of_independent_coins(chance: float) -> None:
     size, width = 20_000, 5
     sampled = torch.zeros((size, width), dtype=torch.long)
-    drafts = imposed_drafts(sampled, torch.arange(size) * width, chance)
+    drafts = imposed_drafts(sampled, torch.zeros(size, dtype=torch.long), torch.arange(size) * width, chance)
     counts = num_accepted(sampled, drafts, torch.full((size,), width))
     expected = sum(chance**i for i in range(width))
     assert counts.double().mean().item() == pytest.approx(expected, abs=0.03)
+
+
+def test_imposed_acceptance_differs_between_seeds_and_stays_with_a_position() -> None:
+    sampled, seeds = torch.zeros((2, 200), dtype=torch.long), torch.tensor([1, -5])
+    drafts = imposed_drafts(sampled, seeds, torch.tensor([7, 7]), 0.5)
+    later = imposed_drafts(sampled[:, 50:], seeds, torch.tensor([57, 57]), 0.5)
+    assert torch.equal(drafts[:, 51:], later[:, 1:]), "the coin of a position does not depend on where a step begins"
+    assert 60 < (drafts[0] == drafts[1]).sum() < 140
