@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from engine import GrammarSpec, Thinking
+from engine import MAX_LOGPROBS, GrammarSpec, Thinking
 from server.chat_writer import ChatWriter
 from server.conversation import conversation_texts, encode_conversation, template_kwargs
 from server.errors import invalid
@@ -57,7 +57,10 @@ def chat_routes(services: Services) -> APIRouter:
         response_id = f"chatcmpl-{uuid.uuid4().hex}"
         generation = Generation(plan, services.engine, services.tokenizer, services.metrics, response_id)
         logprobs_writer = LogprobsWriter(services.tokenizer, as_ids=options.return_tokens_as_token_ids)
-        writer = ChatWriter(options, response_id, reading.make_parser, tools.choice, logprobs_writer)
+        is_mistral = services.tool_format is ToolFormat.MISTRAL
+        writer = ChatWriter(
+            options, response_id, reading.make_parser, tools.choice, logprobs_writer, has_short_call_ids=is_mistral
+        )
         answer = EventStream if options.stream else JsonAnswer
         return answer(services, generation, writer)
 
@@ -68,6 +71,8 @@ def requested_logprobs(body: ChatCompletionRequest) -> Logprobs:
     """How many alternatives to report. Raises a 400."""
     if body.top_logprobs and not body.logprobs:
         raise invalid("top_logprobs needs logprobs: true", "top_logprobs")
+    if not 0 <= (body.top_logprobs or 0) <= MAX_LOGPROBS:
+        raise invalid(f"top_logprobs must be between 0 and {MAX_LOGPROBS}, got {body.top_logprobs}", "top_logprobs")
     if body.prompt_logprobs is not None and body.stream:
         raise invalid("prompt_logprobs cannot be streamed; leave stream out", "prompt_logprobs")
     return Logprobs((body.top_logprobs or 0) if body.logprobs else None, body.prompt_logprobs)
@@ -84,8 +89,9 @@ class Reading:
 async def read_answer(services: Services, body: ChatCompletionRequest, tools: Tools, prompt: list[int]) -> Reading:
     """Settle the grammar and the parser. Raises a 400 for what cannot be combined, and for a schema that is wrong."""
     grammar, forced = await requested_grammar(body), await forced_grammar(tools)
-    if grammar is not None and forced is not None:
-        raise invalid("a forced tool call already constrains the output; leave response_format out", "response_format")
+    if grammar is not None and tools.choice is ToolChoice.AUTO:
+        raise invalid("a constrained answer leaves no room for calls that the model may make or not: send tool_choice "
+                      "'none', 'required' or a function, or leave the constraint out", "tool_choice")  # fmt: skip
     tail = services.tokenizer.decode(prompt[-PROMPT_TAIL:], skip_special_tokens=False)
     is_reasoning = services.reasoning_format is not None and begins_in_reasoning(tail)
     call_format = _call_format(services, tools)
@@ -93,7 +99,7 @@ async def read_answer(services: Services, body: ChatCompletionRequest, tools: To
     def make_parser() -> OutputParser:
         return build_parser(call_format, services.reasoning_format, is_reasoning=is_reasoning, max_calls=tools.max_calls)
 
-    source = grammar or forced
+    source = forced or grammar  # a demanded call has no content that response_format could speak of
     spec = None if source is None else GrammarSpec(source, thinking_of(services, tail, is_reasoning=is_reasoning))
     return Reading(spec, make_parser)
 

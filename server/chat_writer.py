@@ -25,11 +25,14 @@ class ChatWriter:
         make_parser: Callable[[], OutputParser],
         tool_choice: ToolChoice,
         logprobs: LogprobsWriter,
+        *,
+        has_short_call_ids: bool = False,
     ) -> None:
         self.options = options
         self._id = response_id
         self._created = int(time.time())
         self._make_parser, self._tool_choice, self._logprobs = make_parser, tool_choice, logprobs
+        self._has_short_call_ids = has_short_call_ids
         self._parsers: dict[int, OutputParser] = {}
         self._has_called: set[int] = set()
 
@@ -48,7 +51,7 @@ class ChatWriter:
 
     def chunks(self, delta: Delta, generation: Generation) -> Sequence[Completion]:
         """A chunk for each event in the text, then a finish chunk if this is the end."""
-        messages = [_delta_message(event) for event in self._events(delta)]
+        messages = [self._delta_message(event) for event in self._events(delta)]
         ids = list(delta.token_ids) if self.options.return_token_ids else None
         logprobs = self._chat_logprobs(generation, delta)
         is_end = delta.finish_reason is not None
@@ -78,7 +81,7 @@ class ChatWriter:
         """The answer in one piece."""
         choices: list[ChatChoice] = []
         for choice, parts in zip(generation.choices, deltas, strict=True):
-            message = _whole_message(merge(event for delta in parts for event in self._events(delta)))
+            message = self._whole_message(merge(event for delta in parts for event in self._events(delta)))
             reason = self._finish_reason(choice.index, choice.finish_reason)
             answer = ChatChoice(index=choice.index, message=message, finish_reason=reason)
             answer.logprobs = self._chat_logprobs(generation, *parts)
@@ -118,6 +121,44 @@ class ChatWriter:
             return None
         return self._logprobs.chat([entry for delta in deltas for entry in delta.logprobs])
 
+    def _delta_message(self, event: Event) -> AssistantMessage:
+        match event:
+            case Content(text):
+                return AssistantMessage(content=text)
+            case Reasoning(text):
+                return AssistantMessage(reasoning=text, reasoning_content=text)
+            case ToolCallBegin(index, name):
+                function = FunctionCall(name=name, arguments="")
+                return AssistantMessage(
+                    tool_calls=[ToolCall(index=index, id=self._call_id(), type="function", function=function)]
+                )
+            case ToolCallArguments(index, text):
+                return AssistantMessage(tool_calls=[ToolCall(index=index, function=FunctionCall(arguments=text))])
+
+    def _whole_message(self, events: Sequence[Event]) -> AssistantMessage:
+        """The events of a whole answer. Content is null where there are calls and no text beside them."""
+        content = "".join(event.text for event in events if isinstance(event, Content))
+        reasoning = "".join(event.text for event in events if isinstance(event, Reasoning))
+        names = {event.index: event.name for event in events if isinstance(event, ToolCallBegin)}
+        arguments = dict.fromkeys(names, "")
+        for event in events:
+            if isinstance(event, ToolCallArguments):
+                arguments[event.index] += event.text
+        message = AssistantMessage(role="assistant", content=content if content or not names else None)
+        if reasoning:
+            message.reasoning = message.reasoning_content = reasoning
+        if names:
+            message.tool_calls = [
+                ToolCall(id=self._call_id(), type="function", function=FunctionCall(name=name, arguments=arguments[index]))
+                for index, name in names.items()
+            ]
+        return message
+
+    def _call_id(self) -> str:
+        """Mistral's templates take ids of nine letters and digits only, when the call comes back with its result."""
+        random = uuid.uuid4().hex
+        return random[:9] if self._has_short_call_ids else f"call_{random[:24]}"
+
     def _chunk(self, choices: list[ChatChunkChoice]) -> Completion:
         chunk = Completion(
             id=self._id, object="chat.completion.chunk", created=self._created, model=self.options.model, choices=choices
@@ -125,40 +166,3 @@ class ChatWriter:
         if self.options.include_usage:
             chunk.usage = None  # said with a null on every chunk but the one that has it
         return chunk
-
-
-def _delta_message(event: Event) -> AssistantMessage:
-    match event:
-        case Content(text):
-            return AssistantMessage(content=text)
-        case Reasoning(text):
-            return AssistantMessage(reasoning=text, reasoning_content=text)
-        case ToolCallBegin(index, name):
-            function = FunctionCall(name=name, arguments="")
-            return AssistantMessage(tool_calls=[ToolCall(index=index, id=_call_id(), type="function", function=function)])
-        case ToolCallArguments(index, text):
-            return AssistantMessage(tool_calls=[ToolCall(index=index, function=FunctionCall(arguments=text))])
-
-
-def _whole_message(events: Sequence[Event]) -> AssistantMessage:
-    """The events of a whole answer. Content is null where there are calls and no text beside them."""
-    content = "".join(event.text for event in events if isinstance(event, Content))
-    reasoning = "".join(event.text for event in events if isinstance(event, Reasoning))
-    names = {event.index: event.name for event in events if isinstance(event, ToolCallBegin)}
-    arguments = dict.fromkeys(names, "")
-    for event in events:
-        if isinstance(event, ToolCallArguments):
-            arguments[event.index] += event.text
-    message = AssistantMessage(role="assistant", content=content if content or not names else None)
-    if reasoning:
-        message.reasoning = message.reasoning_content = reasoning
-    if names:
-        message.tool_calls = [
-            ToolCall(id=_call_id(), type="function", function=FunctionCall(name=name, arguments=arguments[index]))
-            for index, name in names.items()
-        ]
-    return message
-
-
-def _call_id() -> str:
-    return f"call_{uuid.uuid4().hex[:24]}"

@@ -16,8 +16,17 @@ from server.errors import invalid
 from server.fields import refuse_unsupported
 from server.generation import Delta, Generation
 from server.grammar import requested_grammar
-from server.logprobs import LogprobsWriter
-from server.planning import AnswerOptions, ChoicePlan, Logprobs, answer_options, cache_salt, num_choices, plan_generation
+from server.logprobs import LogprobsWriter, TextPlace
+from server.planning import (
+    AnswerOptions,
+    ChoicePlan,
+    Logprobs,
+    answer_options,
+    cache_salt,
+    num_choices,
+    plan_generation,
+    wanted_tokens,
+)
 from server.protocol import Completion, CompletionChoice, CompletionLogprobs, CompletionRequest
 from server.services import Services
 from server.streaming import EventStream, JsonAnswer
@@ -48,7 +57,7 @@ def completion_routes(services: Services) -> APIRouter:
             cache_salt(request, body),
             requested_logprobs(body),
             grammar=None if grammar is None else GrammarSpec(grammar),
-            is_prompt_only=bool(body.echo) and body.max_tokens == 0,
+            is_prompt_only=bool(body.echo) and wanted_tokens(body) == 0,
         )
         response_id = f"cmpl-{uuid.uuid4().hex}"
         generation = Generation(plan, services.engine, services.tokenizer, services.metrics, response_id)
@@ -110,7 +119,7 @@ class CompletionWriter:
         self._created = int(time.time())
         self._echoed, self._logprobs = echoed, logprobs
         self._opened: set[int] = set()
-        self._offsets: dict[int, int] = {}
+        self._places: dict[int, TextPlace] = {}
         self._held: dict[int, list[TokenLogprobs]] = {}
 
     def opening(self, generation: Generation) -> Sequence[Completion]:
@@ -126,7 +135,7 @@ class CompletionWriter:
             return ()  # a part of the prompt's log-probabilities
         self._opened.add(delta.index)
         text = (self._echo(plan) if is_first else "") + delta.text
-        logprobs = self._completion_logprobs(plan, [delta], is_first=is_first)
+        logprobs = self._completion_logprobs(generation, delta.index, [delta])
         ids = list(delta.token_ids) if self.options.return_token_ids else None
         choices: list[CompletionChoice] = []
         if text or ((ids or (logprobs and logprobs.tokens)) and not is_end):
@@ -160,7 +169,7 @@ class CompletionWriter:
             answer = CompletionChoice(index=choice.index, text=text, finish_reason=choice.finish_reason)
             if choice.plan.sampling.prompt_logprobs is not None and self._echoed is None:
                 answer.prompt_logprobs = self._logprobs.prompt(choice.plan.prompt_token_ids, self._held[choice.index])
-            answer.logprobs = self._completion_logprobs(choice.plan, parts, is_first=True)
+            answer.logprobs = self._completion_logprobs(generation, choice.index, parts)
             answer.stop_reason = choice.stop_reason
             if self.options.return_token_ids:
                 answer.token_ids = [i for delta in parts for i in delta.token_ids]
@@ -171,16 +180,19 @@ class CompletionWriter:
     def _echo(self, plan: ChoicePlan) -> str:
         return "" if self._echoed is None else self._echoed[plan.prompt_index]
 
-    def _completion_logprobs(self, plan: ChoicePlan, deltas: Sequence[Delta], *, is_first: bool) -> CompletionLogprobs | None:
+    def _completion_logprobs(self, generation: Generation, index: int, deltas: Sequence[Delta]) -> CompletionLogprobs | None:
         """Of the tokens in these deltas, behind those of the echoed prompt if they are the choice's first."""
+        plan = generation.choices[index].plan
         if plan.sampling.logprobs is None:
             return None
-        index = deltas[0].index if deltas else 0
         entries, first_token_id = [entry for delta in deltas for entry in delta.logprobs], None
-        if is_first and self._echoed is not None:
-            entries, first_token_id = [*self._held.pop(index, ()), *entries], plan.prompt_token_ids[0]
-        logprobs, self._offsets[index] = self._logprobs.completion(entries, self._offsets.get(index, 0), first_token_id)
-        return logprobs
+        place = self._places.get(index)
+        if place is None:
+            place = TextPlace(self._echo(plan), keeps_special=not generation.plan.skip_special_tokens)
+            self._places[index] = place
+            if self._echoed is not None:
+                entries, first_token_id = [*self._held.pop(index, ()), *entries], plan.prompt_token_ids[0]
+        return self._logprobs.completion(entries, place, first_token_id)
 
     def _frame(self, choices: list[CompletionChoice]) -> Completion:
         return Completion(

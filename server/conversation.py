@@ -65,6 +65,8 @@ def template_message(message: ChatMessage, index: int) -> dict[str, Any]:
     for name in ("function_call", "audio"):
         if extra.pop(name, None):
             raise unsupported(f"{where}.{name} is not supported by this server", "messages")
+    if extra.get("reasoning") is not None:  # answers carry it under both names, templates know this one
+        extra.setdefault("reasoning_content", extra["reasoning"])
     calls = extra.pop("tool_calls", None)
     if calls:
         extra["tool_calls"] = parsed_calls(calls, where)

@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import functools
 import json
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
@@ -19,13 +20,18 @@ from server.errors import ApiError, invalid
 from server.protocol import GenerationFields
 
 MAX_GRAMMAR_CHARS = 262_144
-MAX_LOOKED_AT = 500
-"""Sub-schemas that are tried, one by one, to find the one that is wrong."""
+MAX_LOCATED_CHARS = 1_000_000
+"""Characters of sub-schemas that are tried, one by one, to find the one that is wrong."""
+
+_CHECKING = ThreadPoolExecutor(2, "grammar")
+"""Threads of their own: hard grammars wait for each other, and nobody else waits for them."""
 
 # A weak model may else write white space to the end of its context: JSON allows it nearly everywhere.
 JSON_OPTIONS: JsonCompileOptions = {"whitespace_flexible": True, "whitespace_pattern": r"[\x20\x0A\x0D\x09]{0,40}"}
 
 ANY_OBJECT = {"type": "object"}
+
+Checked = TypeVar("Checked")
 
 _IN_MAPPINGS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 _IN_LISTS = ("anyOf", "oneOf", "allOf", "prefixItems")
@@ -92,17 +98,18 @@ def _structured_outputs(value: Mapping[str, Any] | None) -> tuple[str, Any] | No
 
 async def json_grammar(schema: Any, param: str, where: str = "the schema") -> str:
     """The grammar of a JSON schema, which may be an object or its text. Raises a 400 that names the place in the schema."""
-    if isinstance(schema, str):
-        try:
-            schema = json.loads(schema)
-        except ValueError as error:
-            raise invalid(f"{where} is not JSON: {error}", param) from error
+    try:
+        schema = json.loads(schema) if isinstance(schema, str) else schema
+        text = json.dumps(schema)
+    except RecursionError:
+        raise _refused(f"{where} is nested too deeply; simplify it", param) from None
+    except ValueError as error:
+        raise invalid(f"{where} is not JSON: {error}", param) from error
     if not isinstance(schema, dict):
         raise invalid(f"{where} must be a JSON object", param)
-    text = json.dumps(schema)
     if len(text) > MAX_GRAMMAR_CHARS:
         raise invalid(f"{where} has {len(text)} characters, more than the {MAX_GRAMMAR_CHARS} allowed; simplify it", param)
-    grammar, path, problem = await asyncio.to_thread(_compile_json, text)
+    grammar, path, problem = await _in_thread(_compile_json, text)
     if problem:
         raise _refused(f"{where} cannot be used, at {path}: {problem}", param)
     return grammar
@@ -113,10 +120,14 @@ async def _checked_text(constructor: str, text: Any, param: str) -> str:
         raise invalid(f"{param} must be a text that is not empty", param)
     if len(text) > MAX_GRAMMAR_CHARS:
         raise invalid(f"{param} has {len(text)} characters, more than the {MAX_GRAMMAR_CHARS} allowed", param)
-    grammar, problem = await asyncio.to_thread(_compile_text, constructor, text)
+    grammar, problem = await _in_thread(_compile_text, constructor, text)
     if problem:
         raise _refused(f"{param} cannot be used: {problem}", param)
     return grammar
+
+
+async def _in_thread(check: Callable[..., Checked], *arguments: str) -> Checked:
+    return await asyncio.get_running_loop().run_in_executor(_CHECKING, check, *arguments)
 
 
 def _refused(message: str, param: str) -> ApiError:
@@ -135,7 +146,10 @@ def _compile_json(text: str) -> tuple[str, str, str]:
 def _compile_text(constructor: str, text: str) -> tuple[str, str]:
     from llguidance import LLMatcher
 
-    grammar: str = getattr(LLMatcher, constructor)(text)
+    try:
+        grammar: str = getattr(LLMatcher, constructor)(text)
+    except ValueError as error:  # half of a surrogate pair, say
+        return "", _one_line(str(error))
     return grammar, _one_line(LLMatcher.validate_grammar(grammar))
 
 
@@ -156,13 +170,14 @@ def _locate(root: dict[str, Any]) -> str:
     can be followed.
     """
     definitions = {name: root[name] for name in ("$defs", "definitions") if name in root}
-    path, schema, looked_at = "$", root, 0
+    path, schema, num_chars = "$", root, 0
     while True:
         for step, child in _children(schema):
-            looked_at += 1
-            if looked_at > MAX_LOOKED_AT:
+            tried = {**definitions, **child} if isinstance(child, dict) else child
+            num_chars += len(json.dumps(tried))
+            if num_chars > MAX_LOCATED_CHARS:
                 return path
-            if _try_schema({**definitions, **child} if isinstance(child, dict) else child)[1]:
+            if _try_schema(tried)[1]:
                 path, schema = path + step, child
                 break
         else:

@@ -173,7 +173,7 @@ def sampling_params(
     ``max_tokens`` is cut to each prompt's room later, since clients send one number for all models.
     """
     defaults = info.sampling_defaults
-    wanted = fields.max_tokens if fields.max_completion_tokens is None else fields.max_completion_tokens
+    wanted = wanted_tokens(fields)
     top_k = defaults.top_k if fields.top_k is None else fields.top_k
     stop_token_ids = tuple(dict.fromkeys(fields.stop_token_ids or ()))
     if any(not 0 <= i < info.vocab_size for i in stop_token_ids):
@@ -199,6 +199,11 @@ def sampling_params(
         raise invalid(str(error), str(error).partition(" ")[0]) from error  # the message begins with the field
 
 
+def wanted_tokens(fields: GenerationFields) -> int | None:
+    """How many tokens the client wants at most; None where it does not say."""
+    return fields.max_tokens if fields.max_completion_tokens is None else fields.max_completion_tokens
+
+
 def _given(value: float | None, default: float) -> float:
     return default if value is None else value
 
@@ -220,7 +225,7 @@ def for_diffusion(fields: GenerationFields, sampling: SamplingParams, grammar: G
     if fields.repetition_penalty is None:
         sampling = replace(sampling, repetition_penalty=1.0)
     for param, is_asked in (
-        ("response_format", grammar is not None),
+        (_constraint(fields), grammar is not None),
         ("repetition_penalty", sampling.repetition_penalty != 1.0),
         ("frequency_penalty", sampling.frequency_penalty != 0.0),
         ("presence_penalty", sampling.presence_penalty != 0.0),
@@ -228,9 +233,16 @@ def for_diffusion(fields: GenerationFields, sampling: SamplingParams, grammar: G
         ("logprobs", sampling.logprobs is not None),
     ):
         if is_asked:
-            what = "a grammar" if param == "response_format" else param
-            raise invalid(f"{what} cannot be combined with decoding 'diffusion'; leave it out, or decode by 'tidar'", param)
+            raise invalid(f"{param} cannot be combined with decoding 'diffusion'; leave it out, or decode by 'tidar'", param)
     return sampling
+
+
+def _constraint(fields: GenerationFields) -> str:
+    """The field that constrains the output."""
+    if fields.response_format is not None and fields.response_format.get("type") != "text":
+        return "response_format"
+    names = ("structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar")
+    return next((name for name in names if getattr(fields, name) is not None), "tool_choice")
 
 
 def stop_strings(fields: GenerationFields) -> tuple[str, ...]:

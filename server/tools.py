@@ -64,7 +64,10 @@ def _function(tool: Mapping[str, Any], where: str) -> tuple[str, Mapping[str, An
         raise invalid(f"{where}.function.name must have 1 to 64 letters, digits, dots, dashes or underscores", "tools")
     if parameters is not None and not isinstance(parameters, dict):
         raise invalid(f"{where}.function.parameters must be a JSON schema", "tools")
-    return name, parameters or ANY_OBJECT
+    parameters = {**ANY_OBJECT, **(parameters or {})}
+    if parameters["type"] != "object":
+        raise invalid(f"{where}.function.parameters.type must be 'object': a call's arguments have names", "tools")
+    return name, parameters
 
 
 def _choice(value: Any, names: Sequence[str]) -> tuple[ToolChoice, str | None]:
@@ -78,12 +81,13 @@ def _choice(value: Any, names: Sequence[str]) -> tuple[ToolChoice, str | None]:
         raise invalid("tool_choice needs tools to choose from", "tool_choice")
     if value in ("auto", "required"):
         return ToolChoice(value), None
-    name = value.get("function", {}).get("name") if isinstance(value, dict) and value.get("type") == "function" else None
-    if name is None:
+    function = value.get("function") if isinstance(value, dict) and value.get("type") == "function" else None
+    name = function.get("name") if isinstance(function, dict) else None
+    if not isinstance(name, str):
         raise invalid("tool_choice must be none, auto, required or a function such as "
                       '{"type": "function", "function": {"name": "..."}}', "tool_choice")  # fmt: skip
     if name not in names:
-        raise invalid(f"tool_choice names {str(name)[:64]!r}, which is not among the tools", "tool_choice")
+        raise invalid(f"tool_choice names {name[:64]!r}, which is not among the tools", "tool_choice")
     return ToolChoice.NAMED, name
 
 
@@ -142,7 +146,7 @@ def parsed_calls(calls: Any, where: str) -> list[dict[str, Any]]:
         arguments = function.get("arguments")
         try:
             value = json.loads(arguments) if isinstance(arguments, str) and arguments else arguments or {}
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise invalid(f"{where}.tool_calls.{index}.function.arguments is not JSON: {error}", "messages") from error
         parsed.append({**call, "function": {**function, "arguments": value}})
     return parsed

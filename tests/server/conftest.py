@@ -31,14 +31,28 @@ CHAT_TEMPLATE = (
 )
 
 
-def save_tiny_tokenizer(folder: Path, chat_template: str | None = CHAT_TEMPLATE) -> None:
+TOOL_TOKENS = ("<think>", "</think>", "<tool_call>", "</tool_call>")
+
+TOOL_TEMPLATE = (
+    "<|bos|>{%- for tool in tools or [] -%}<|system|>{{ tool.function.name }}<|end|>{%- endfor -%}"
+    "{%- for message in messages -%}<|{{ 'user' if message.role == 'tool' else message.role }}|>"
+    "{%- if message.reasoning_content -%}<think>{{ message.reasoning_content }}</think>{%- endif -%}{{ message.content }}"
+    "{%- for call in message.tool_calls or [] -%}"
+    '<tool_call>{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}</tool_call>'
+    "{%- endfor -%}<|end|>"
+    "{%- endfor -%}<|assistant|>{%- if thinks -%}<think>{%- endif -%}"
+)
+"""Hermes' calls, and thinking that the prompt opens where ``thinks`` is set."""
+
+
+def save_tiny_tokenizer(folder: Path, chat_template: str | None = CHAT_TEMPLATE, extra_tokens: Sequence[str] = ()) -> None:
     """Byte-level BPE in which most bytes are tokens of their own, that puts BOS before a text."""
     backend = BackendTokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=300,
-        special_tokens=list(SPECIAL_TOKENS),
+        special_tokens=[*SPECIAL_TOKENS, *extra_tokens],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -72,6 +86,14 @@ def tokenizer(tokenizer_folder: Path) -> Tokenizer:
     return load_tokenizer(str(tokenizer_folder))
 
 
+@pytest.fixture(scope="session")
+def tool_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """One with thinking and tool calls, whose tags are special tokens."""
+    folder = tmp_path_factory.mktemp("tool_tokenizer")
+    save_tiny_tokenizer(folder, TOOL_TEMPLATE, TOOL_TOKENS)
+    return load_tokenizer(str(folder))
+
+
 @pytest.fixture
 def anyio_backend() -> str:
     return "asyncio"
@@ -79,8 +101,8 @@ def anyio_backend() -> str:
 
 @pytest.fixture
 def make_app(tokenizer: Tokenizer) -> Callable[..., FastAPI]:
-    def make(engine: FakeEngine, lifecycle: Any = None, **settings: Any) -> FastAPI:
-        return create_app(engine, ServerConfig(**settings), tokenizer, lifecycle=lifecycle)
+    def make(engine: FakeEngine, lifecycle: Any = None, words: Tokenizer = tokenizer, **settings: Any) -> FastAPI:
+        return create_app(engine, ServerConfig(**settings), words, lifecycle=lifecycle)
 
     return make
 
@@ -111,6 +133,38 @@ async def listening(app: FastAPI) -> AsyncIterator[str]:
     finally:
         server.should_exit = True
         await task
+
+
+def message_of(events: Sequence[Any], index: int = 0) -> dict[str, Any]:
+    """The message that a stream's deltas join to, and how its chunks end, as the OpenAI clients put it together."""
+    message: dict[str, Any] = {"content": "", "reasoning": "", "calls": {}, "logprobs": [], "finish_reason": None}
+    for choice in (c for e in events if e != "[DONE]" for c in e["choices"] if c["index"] == index):
+        delta = choice["delta"]
+        message["content"] += delta.get("content") or ""
+        message["reasoning"] += delta.get("reasoning") or ""
+        assert delta.get("reasoning") == delta.get("reasoning_content")
+        for part in delta.get("tool_calls") or ():
+            if part.get("id"):
+                assert part["index"] == len(message["calls"]), "calls come one after the other"
+                assert part["type"] == "function"
+                message["calls"][part["index"]] = [part["function"]["name"], ""]
+            message["calls"][part["index"]][1] += part["function"]["arguments"]
+        message["logprobs"] += (choice.get("logprobs") or {}).get("content") or ()
+        message["finish_reason"] = choice["finish_reason"] or message["finish_reason"]
+    return {**message, "calls": [tuple(call) for call in message["calls"].values()]}
+
+
+def message_of_whole(choice: dict[str, Any]) -> dict[str, Any]:
+    """The same of an answer in one piece."""
+    message = choice["message"]
+    assert message.get("reasoning") == message.get("reasoning_content")
+    return {
+        "content": message["content"] or "",
+        "reasoning": message.get("reasoning") or "",
+        "calls": [(c["function"]["name"], c["function"]["arguments"]) for c in message.get("tool_calls") or ()],
+        "logprobs": (choice["logprobs"] or {}).get("content") or [],
+        "finish_reason": choice["finish_reason"],
+    }
 
 
 def text_script(tokenizer: Tokenizer, text: str, step: int = 1, **kwargs: Any) -> Script:

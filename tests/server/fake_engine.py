@@ -19,6 +19,7 @@ from engine import (
     RequestOutput,
     RequestTimes,
     SpeculationStats,
+    TokenLogprobs,
 )
 
 EOS = 4
@@ -60,6 +61,13 @@ def tidar_info(**changes: object) -> EngineInfo:
         "device": "cpu",
     }
     return EngineInfo(**{**values, **changes})  # type: ignore[arg-type]
+
+
+def fake_logprobs(token_id: int, place: int, count: int) -> TokenLogprobs:
+    """Numbers that tell the token, its place and how many alternatives were asked for; the token is the second likeliest."""
+    logprob = -float(place) - token_id / 1000
+    top = ((token_id + 1, logprob / 2), (token_id, logprob), *((8 + i, logprob - 1 - i) for i in range(max(count - 2, 0))))
+    return TokenLogprobs(token_id, logprob, 2, top[:count])
 
 
 @dataclass
@@ -128,6 +136,12 @@ class _Outputs(AsyncIterator[RequestOutput]):
             self._steps.append((EOS,))
         self._begun = time.monotonic()
         self._emitted = self._forwards = 0
+        count = request.sampling.prompt_logprobs
+        self._prompt_logprobs = [
+            fake_logprobs(token_id, place, count)
+            for place, token_id in enumerate(request.prompt_token_ids[1:], start=1)
+            if count is not None
+        ]
         self._done = False
 
     async def __anext__(self) -> RequestOutput:
@@ -136,6 +150,9 @@ class _Outputs(AsyncIterator[RequestOutput]):
         await self._engine.notify()
         if not self._engine.is_alive:
             return await self._die()
+        if len(self._prompt_logprobs) > 3:  # a chunk of the prompt
+            chunk, self._prompt_logprobs = self._prompt_logprobs[:3], self._prompt_logprobs[3:]
+            return RequestOutput(self._request.request_id, (), prompt_logprobs=tuple(chunk))
         if not self._steps:
             return await self._after_last_step()
         return await self._step(self._steps.pop(0))
@@ -180,6 +197,9 @@ class _Outputs(AsyncIterator[RequestOutput]):
             if reason:
                 break
         self._forwards += 1
+        first, count = self._emitted - len(kept), sampling.logprobs
+        logprobs = [fake_logprobs(i, first + j, count) for j, i in enumerate(kept) if count is not None]
+        prompt_logprobs, self._prompt_logprobs = tuple(self._prompt_logprobs), []
         if reason:
             await self._leave()
         now = time.monotonic()
@@ -191,4 +211,6 @@ class _Outputs(AsyncIterator[RequestOutput]):
             num_cached_tokens=self._script.cached_tokens,
             speculation=SpeculationStats(self._forwards, 2, 10, 5),
             times=RequestTimes(self._request.arrival, self._begun, self._begun, now) if reason else None,
+            logprobs=tuple(logprobs),
+            prompt_logprobs=prompt_logprobs,
         )
