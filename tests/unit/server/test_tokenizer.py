@@ -5,6 +5,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer as BackendTokenizer
+from tokenizers import decoders, models
 
 from server.errors import ApiError
 from server.tokenizer import TokenizerError, load_tokenizer
@@ -73,3 +75,27 @@ def test_loading_needs_no_torch_and_leaves_it_importable(tokenizer_folder):
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_the_bytes_of_byte_level_tokens_join_to_the_text(tokenizer):
+    text = "naïve 🙂\n\x00 cat"
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    assert b"".join(map(tokenizer.token_bytes, ids)) == text.encode()
+    assert tokenizer.token_bytes(BOS) == b"<|bos|>"
+    assert tokenizer.token_bytes(10**6) == b""
+
+
+def test_the_bytes_of_tokens_with_byte_fallback(tmp_path):
+    vocabulary = {"<unk>": 0, "\u2581cat": 1, "<0xF0>": 2, "<0x9F>": 3, "<0x99>": 4, "<0x82>": 5, "<0x2>": 6}
+    backend = BackendTokenizer(models.BPE(vocab=vocabulary, merges=[], byte_fallback=True, unk_token="<unk>"))
+    backend.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    tokenizer = load_tokenizer(str(tmp_path))
+    assert b"".join(map(tokenizer.token_bytes, [1, 2, 3, 4, 5])) == " cat🙂".encode()
+    assert tokenizer.token_bytes(6) == b"<0x2>"
+
+
+def test_the_id_of_a_tag(tokenizer):
+    assert tokenizer.id_of("<|bos|>") == BOS
+    assert tokenizer.id_of("<think>") is None
