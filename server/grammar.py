@@ -27,7 +27,7 @@ _CHECKING = ThreadPoolExecutor(2, "grammar")
 """Threads of their own: hard grammars wait for each other, and nobody else waits for them."""
 
 # A weak model may else write white space to the end of its context: JSON allows it nearly everywhere.
-JSON_OPTIONS: JsonCompileOptions = {"whitespace_flexible": True, "whitespace_pattern": r"[\x20\x0A\x0D\x09]{0,40}"}
+JSON_OPTIONS: JsonCompileOptions = {"whitespace_flexible": True, "whitespace_pattern": r"[\x20\x0A\x0D\x09]{0,20}"}
 
 ANY_OBJECT = {"type": "object"}
 

@@ -54,5 +54,5 @@ def serving(*arguments: str):
 
 @pytest.fixture(scope="module")
 def url():
-    with serving() as (_, url):
+    with serving("--num-threads", "1") as (_, url):
         yield url
