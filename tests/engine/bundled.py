@@ -10,6 +10,7 @@ from tokenizers import Tokenizer
 import server
 from engine.build import build_engine_core
 from engine.config import DecodeConfig, EngineConfig, SchedulerConfig
+from engine.core import EngineCore
 from engine.messages import GenerateRequest
 from engine.models.hf_config import read_model_config
 from engine.models.loader import load_model
@@ -60,18 +61,33 @@ def answers(
     dtype: str = "float32",
     device: str = "cpu",
     kernels: str = "auto",
+    enforce_eager: bool = False,
 ) -> list[tuple[int, ...]]:
     """The tokens of every request from one engine."""
+    transcript = drive(bundled_engine(num_branches, depth, seqs, dtype, device, kernels, enforce_eager), requests)
+    return [transcript.tokens(request.request_id) for request in requests]
+
+
+def bundled_engine(
+    num_branches: int | None,
+    depth: int,
+    seqs: int,
+    dtype: str = "float32",
+    device: str = "cpu",
+    kernels: str = "auto",
+    enforce_eager: bool = False,
+) -> EngineCore:
+    """An engine that serves the bundled checkpoint."""
     config = EngineConfig(
         str(FOLDER),
         dtype=dtype,
         device=device,
         kernels=kernels,
+        enforce_eager=enforce_eager,
         scheduler=SchedulerConfig(max_num_seqs=seqs, async_depth=depth),
         decode=DecodeConfig(DecodingMode.TIDAR, None, num_branches),
     )
-    transcript = drive(build_engine_core(config), requests)
-    return [transcript.tokens(request.request_id) for request in requests]
+    return build_engine_core(config)
 
 
 def gap_where_they_part(model: Transformer, request: GenerateRequest, one: tuple[int, ...], other: tuple[int, ...]) -> float:

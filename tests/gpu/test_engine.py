@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
 from engine.sampling_params import DecodingMode
-from tests.engine.bundled import PLANS, answers, count_ties, double_model, question_prompts, requests_for
+from tests.engine.bundled import PLANS, answers, bundled_engine, count_ties, double_model, question_prompts, requests_for
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -19,14 +21,59 @@ def exact_model():
     return double_model()
 
 
+@pytest.mark.parametrize("enforce_eager", [True, False])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("depth", [0, 1])
-def test_float64_on_the_gpu_equals_the_cpu_in_every_mode(temperature, depth):
+def test_float64_on_the_gpu_equals_the_cpu_in_every_mode(temperature, depth, enforce_eager):
     prompts = question_prompts()
     expected = answers(requests_for(prompts, temperature, DecodingMode.AR), 1, 0, 1, dtype="float64")
     for mode, num_branches in [(DecodingMode.AR, 1), *PLANS.values()]:
         requests = requests_for(prompts, temperature, mode)
-        assert answers(requests, num_branches, depth, 16, dtype="float64", device="cuda") == expected, mode
+        options = {"dtype": "float64", "device": "cuda", "enforce_eager": enforce_eager}
+        assert answers(requests, num_branches, depth, 16, **options) == expected, mode
+
+
+@pytest.mark.parametrize("kernels", ["reference", "triton"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("depth", [0, 1])
+def test_decode_steps_are_replayed_and_nothing_in_them_waits_for_the_device(kernels, temperature, depth):
+    core = bundled_engine(2, depth, 8, dtype="bfloat16", device="cuda", kernels=kernels)
+    for request in requests_for(question_prompts()[:8], temperature, DecodingMode.TIDAR):
+        core.add(request)
+    while not all(r.num_output_tokens for r in core.scheduler.running) or len(core.scheduler.running) < 8:
+        core.step()
+    replayed = core.graphs.num_replays
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            core.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert core.graphs.num_replays == replayed + 3
+
+
+def test_an_uncaptured_decode_step_does_not_wait_for_the_device_either():
+    core = bundled_engine(2, 1, 8, dtype="bfloat16", device="cuda", kernels="triton", enforce_eager=True)
+    for request in requests_for(question_prompts()[:8], 0.0, DecodingMode.AR):
+        core.add(request)
+    for _ in range(6):
+        core.step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            core.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_sampled_batch_with_every_option_is_replayed_and_equals_the_uncaptured_one():
+    options = {"top_p": 0.9, "top_k": 40, "min_p": 0.01, "repetition_penalty": 1.1, "min_tokens": 3, "logit_bias": ((9, 1.0),)}
+    requests = [
+        dataclasses.replace(request, sampling=dataclasses.replace(request.sampling, **options))
+        for request in requests_for(question_prompts(), 0.8, DecodingMode.TIDAR)
+    ]
+    both = [answers(requests, 2, 1, 16, "float64", "cuda", enforce_eager=eager) for eager in (True, False)]
+    assert both[0] == both[1]
 
 
 @pytest.mark.parametrize("kernels", ["reference", "triton"])
