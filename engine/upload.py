@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 
-def upload(numbers: NDArray[Any] | Sequence[int], device: torch.device) -> Tensor:
+def upload(numbers: NDArray[Any] | Sequence[int] | Tensor, device: torch.device) -> Tensor:
     """A new tensor on ``device``, of the array's own type.
 
     The copy to a GPU goes through pinned memory, ordered on the stream, and the host goes on.
     """
-    host = torch.from_numpy(np.array(numbers))
+    host = numbers if isinstance(numbers, Tensor) else torch.from_numpy(np.array(numbers))
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from engine.step import IntArray, RequestShape
+from engine.upload import upload
 
 ANCHOR = -1
 """The number in its block of an anchor's row, which stands before mask 0."""
@@ -100,28 +101,28 @@ def _build_layout(packed_shapes: bytes, first_masks: bool, device: torch.device)
     masks_NBK[request_R[mask_rows], rank_R[mask_rows], in_block_R[mask_rows]] = places
     return StepLayout(
         row_starts=(0, *ends_N.tolist()),
-        device_row_starts=torch.nn.functional.pad(ends_N, (1, 0)).to(device),
+        device_row_starts=upload(torch.nn.functional.pad(ends_N, (1, 0)), device),
         num_rows=len(request_R),
         max_drafts=max(shape.num_drafts for shape in shapes),
         max_branches=max_branches,
         max_block=max_block,
-        request_R=request_R.to(device),
-        clean_R=clean_R.to(device),
-        index_R=index_R.to(device),
-        rank_R=rank_R.to(device),
-        in_block_R=in_block_R.to(device),
-        has_anchor_N=has_anchor_N.to(device),
-        prefill_rows=_numbers(index_R < num_prefill_R).to(device),
-        verify_rows_D=verify_rows_D.to(device),
-        verify_request_D=request_R[verify_rows_D].to(device),
-        verify_index_D=(index_R - num_prefill_R)[verify_rows_D].to(device),
+        request_R=upload(request_R, device),
+        clean_R=upload(clean_R, device),
+        index_R=upload(index_R, device),
+        rank_R=upload(rank_R, device),
+        in_block_R=upload(in_block_R, device),
+        has_anchor_N=upload(has_anchor_N, device),
+        prefill_rows=upload(_numbers(index_R < num_prefill_R), device),
+        verify_rows_D=upload(verify_rows_D, device),
+        verify_request_D=upload(request_R[verify_rows_D], device),
+        verify_index_D=upload((index_R - num_prefill_R)[verify_rows_D], device),
         verify_starts=(0, *num_drafts_N.cumsum(0).tolist()),
-        draft_rows=_numbers(~clean_R).to(device),
-        masks_NBK=masks_NBK.to(device),
+        draft_rows=upload(_numbers(~clean_R), device),
+        masks_NBK=upload(masks_NBK, device),
         prompt_logits=len(verify_rows_D) + len(mask_rows),
-        logit_rows=None if torch.equal(logit_rows, torch.arange(len(request_R))) else logit_rows.to(device),
-        num_prefill_N=num_prefill_N.to(device),
-        block_length_N=block_length_N.to(device),
+        logit_rows=None if torch.equal(logit_rows, torch.arange(len(request_R))) else upload(logit_rows, device),
+        num_prefill_N=upload(num_prefill_N, device),
+        block_length_N=upload(block_length_N, device),
     )
 
 
