@@ -6,12 +6,12 @@ import functools
 import os
 import platform
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 
-from engine.config import DecodeConfig, DraftAnchor, EngineConfig, ModelConfig
+from engine.config import DecodeConfig, DraftAnchor, EngineConfig, ModelConfig, Quantization
 from engine.core import EngineCore, launch
 from engine.cuda_graphs import Capture, CudaCapture, StepGraphs
 from engine.decode.cost_cache import cached_costs
@@ -51,6 +51,8 @@ def build_engine_core(config: EngineConfig, progress: Callable[[str], None] = la
         torch.cuda.set_device(device)
     folder = resolve_model(config.model, config.revision)
     model_config = read_model_config(folder)
+    if config.quantize_fp8 and model_config.quantization is Quantization.NONE:
+        model_config = replace(model_config, quantization=Quantization.AT_LOAD)
     dtype = resolve_dtype(config.dtype, folder, device)
     max_model_len = _max_model_len(config, model_config)
     try:
@@ -134,6 +136,7 @@ def assemble(
             "threads": str(torch.get_num_threads()),
             "loop depth": str(depth),
             "captured steps": str(graphs.num_captured) if graphs is not None else "none",
+            **({} if model_config.quantization is Quantization.NONE else {"weights": "fp8 (e4m3)"}),
             **({} if choices is None else {"linear layers": str(choices)}),
         },
     )

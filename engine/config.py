@@ -71,6 +71,17 @@ class TidarConfig:
     draft_lora: LoraConfig | None = None
 
 
+class Quantization(enum.Enum):
+    """The four large weights of a layer: as the checkpoint has them, made e4m3 while it is loaded, or stored as e4m3.
+
+    e4m3 weights have a scale for each output channel (``kernels.linear.weight``). Embedding and head stay as they are.
+    """
+
+    NONE = "none"
+    AT_LOAD = "at load"
+    STORED = "stored"
+
+
 @dataclass(frozen=True, slots=True)
 class TensorNames:
     """A checkpoint's names: what stands before ``embed_tokens``, ``layers`` and ``norm``, and what the head is called.
@@ -107,6 +118,7 @@ class ModelConfig:
     tidar: TidarConfig | None = None
     eos_token_ids: tuple[int, ...] = ()
     tensor_names: TensorNames = field(default_factory=TensorNames)
+    quantization: Quantization = Quantization.NONE
 
     @property
     def kv_bytes_per_token_factor(self) -> int:
@@ -162,12 +174,14 @@ class EngineConfig:
     ``kernels`` is ``auto``, ``reference`` (plain torch) or ``triton``. ``tokenizer`` is the folder whose vocabulary grammars
     speak of; None: the model's. ``enforce_eager``: no step is captured in a CUDA graph.
     ``cost_cache``: the folder that keeps what draft plans cost; None: the user's cache folder on a GPU, none on a CPU.
+    ``quantize_fp8``: weights become e4m3 while they are loaded, unless the checkpoint has them so.
     """
 
     model: str
     tokenizer: str | None = None
     revision: str | None = None
     dtype: str = "auto"
+    quantize_fp8: bool = False
     device: str = "auto"
     max_model_len: int | None = None
     num_threads: int | None = None

@@ -29,6 +29,7 @@ SERVE_FLAGS = (
     Flag("revision", text, None, "revision of a model from the Hub"),
     Flag("device", text, "auto", "auto, cpu or cuda"),
     Flag("dtype", one_of("auto", "float32", "bfloat16", "float16", "float64"), "auto", "type of the weights and the KV cache"),
+    Flag("quantization", one_of("none", "fp8"), "none", "fp8: weights of the layers in eight bits, computed while loading"),
     Flag("max-model-len", integer(2), None, "longest prompt and answer together, in tokens; the model's limit if not given"),
     Flag("max-num-seqs", integer(1), _SCHEDULER.max_num_seqs, "requests that run at once"),
     Flag("max-num-batched-tokens", integer(1), _SCHEDULER.max_num_batched_tokens, "rows of one step"),
@@ -91,7 +92,8 @@ class ServeOptions:
         """The resolved configuration for the terminal; keys are counted, not shown."""
         engine, server = self.engine, self.server
         yield f"model                 {engine.model} as {', '.join(server.served_model_names)}"
-        yield f"device, dtype         {engine.device}, {engine.dtype}"
+        quantized = ", weights of the layers in fp8" if engine.quantize_fp8 else ""
+        yield f"device, dtype         {engine.device}, {engine.dtype}{quantized}"
         yield f"max_model_len         {_or_auto(engine.max_model_len)}"
         yield (
             f"scheduler             max_num_seqs {engine.scheduler.max_num_seqs}, max_num_batched_tokens "
@@ -172,6 +174,7 @@ def _engine_config(model: str, values: dict[str, Any]) -> EngineConfig:
         tokenizer=values["tokenizer"],
         revision=values["revision"],
         dtype=values["dtype"],
+        quantize_fp8=values["quantization"] == "fp8",
         device=values["device"],
         max_model_len=values["max_model_len"],
         num_threads=values["num_threads"],

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from engine.config import ModelConfig
-from engine.models.loader import named_tensors
+from engine.models.places import named_tensors
 from engine.models.transformer import Transformer
 from training.tokenizer import END
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from engine.config import DraftAnchor, LoraConfig, ModelConfig, RopeConfig, RopeKind, TensorNames, TidarConfig
 from engine.messages import SamplingDefaults
+from engine.models.fp8_checkpoint import stored_quantization
 from engine.models.loader import ADAPTER_CONFIG, DRAFT_LORA_FOLDER, ModelLoadError, read_json
 from engine.sampling_params import SamplingParams
 
@@ -198,6 +199,7 @@ def read_model_config(folder: Path) -> ModelConfig:
         tidar=_block_diffusion(config, folder) if architecture.block_diffusion else _tidar(config),
         eos_token_ids=generation.token_ids("eos_token_id") or config.token_ids("eos_token_id"),
         tensor_names=architecture.names,
+        quantization=stored_quantization(config.values.get("quantization_config"), config.source),
     )
     _check_heads(model, config)
     return model
@@ -256,8 +258,6 @@ def _refuse_unsupported(config: _Section, architecture: _Architecture) -> None:
     activation = config.values.get("hidden_act", "silu")
     if activation not in ("silu", "swish"):
         raise ModelLoadError(f"{config.source}: hidden_act {activation!r} is not supported, only silu: use another model")
-    if config.values.get("quantization_config") is not None:
-        raise ModelLoadError(f"{config.source}: quantised weights are not supported: use the model's unquantised checkpoint")
 
 
 def _check_heads(model: ModelConfig, config: _Section) -> None:

@@ -8,7 +8,7 @@ ends as a ModelLoadError of one line.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +18,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from engine.config import ModelConfig
+from engine.config import ModelConfig, Quantization
+from engine.models.places import adapter_tensors, places
 from engine.models.transformer import DecoderLayer, Transformer
 from kernels.backend import REFERENCE, Kernels
+from kernels.linear.weight import FP8, Weight, quantize
 
 DTYPES = {
     "float32": torch.float32,
@@ -112,10 +114,12 @@ def load_model(
     stored, head = _read_headers(files), config.tensor_names.head
     with torch.device("meta"):
         model = Transformer(config, kernels).to(dtype).requires_grad_(False).eval()
-    _check(stored, named_tensors(model), config, folder / "config.json")
+        if config.quantization is not Quantization.NONE:
+            model.make_room_for_fp8()
+    _check(stored, places(model), config, folder / "config.json")
     _check(_read_headers(adapter_files), adapter_tensors(model), config, folder / DRAFT_LORA_FOLDER / ADAPTER_CONFIG)
     _allocate(model, device)
-    _fill([*files, *adapter_files], named_tensors(model) | adapter_tensors(model), progress)
+    _fill([*files, *adapter_files], places(model) | adapter_tensors(model), progress)
     if config.tie_word_embeddings and head in stored:
         _check_tied_head(stored[head].file, head, model.embedding)
     return model
@@ -132,29 +136,6 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ModelLoadError(f"{file} does not hold a JSON object: copy or download it again")
     return value
-
-
-def named_tensors(model: Transformer) -> dict[str, Tensor]:
-    """Every tensor of a checkpoint by its name there: the model's parameters, or views of those that are merged here."""
-    names = model.config.tensor_names
-    places: dict[str, Tensor] = {f"{names.body}embed_tokens.weight": model.embedding, f"{names.body}norm.weight": model.norm}
-    if model.lm_head is not None:
-        places[names.head] = model.lm_head
-    for index, layer in enumerate(model.layers):
-        assert isinstance(layer, DecoderLayer)
-        places |= {f"{names.body}layers.{index}.{name}": place for name, place in _layer_tensors(layer).items()}
-    return places
-
-
-def adapter_tensors(model: Transformer) -> dict[str, Tensor]:
-    """Every tensor of the draft LoRA by its name in the adapter's file; empty when the model has none."""
-    places: dict[str, Tensor] = {}
-    for index, layer in enumerate(model.layers):
-        assert isinstance(layer, DecoderLayer)
-        prefix = f"base_model.model.{model.config.tensor_names.body}layers.{index}.self_attn.o_proj.lora_"
-        if layer.output_lora_a is not None and layer.output_lora_b is not None:
-            places |= {f"{prefix}A.weight": layer.output_lora_a, f"{prefix}B.weight": layer.output_lora_b}
-    return places
 
 
 def _download(model: str, revision: str | None) -> Path:
@@ -238,29 +219,14 @@ def _read_header(file: Path) -> dict[str, _StoredTensor]:
         return {name: _StoredTensor(file, tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
 
 
-def _layer_tensors(layer: DecoderLayer) -> dict[str, Tensor]:
-    places: dict[str, Tensor | None] = {
-        "input_layernorm.weight": layer.input_norm,
-        "post_attention_layernorm.weight": layer.post_attention_norm,
-        "self_attn.o_proj.weight": layer.output,
-        "self_attn.o_proj.bias": layer.output_bias,
-        "mlp.down_proj.weight": layer.down,
-        "mlp.down_proj.bias": layer.down_bias,
-    }
-    heads = [layer.num_heads, layer.num_kv_heads, layer.num_kv_heads]
-    for kind, qkv, gate_up in (("weight", layer.qkv, layer.gate_up), ("bias", layer.qkv_bias, layer.gate_up_bias)):
-        if qkv is not None:
-            parts = qkv.split([count * layer.head_dim for count in heads])
-            places |= {f"self_attn.{name}_proj.{kind}": part for name, part in zip("qkv", parts, strict=True)}
-        if gate_up is not None:
-            places |= {f"mlp.{name}_proj.{kind}": part for name, part in zip(("gate", "up"), gate_up.chunk(2), strict=True)}
-    if layer.qk_norm is not None:
-        places |= {f"self_attn.{name}_norm.weight": row for name, row in zip("qk", layer.qk_norm, strict=True)}
-    return {name: place for name, place in places.items() if place is not None}
+def _stored_types(place: Weight) -> frozenset[str]:
+    """The types that a checkpoint's tensor for this place may have."""
+    is_stored_fp8 = isinstance(place, Tensor) and place.dtype == FP8
+    return frozenset({"F8_E4M3"}) if is_stored_fp8 else _FLOATS
 
 
-def _check(stored: dict[str, _StoredTensor], places: dict[str, Tensor], config: ModelConfig, source: Path) -> None:
-    """Raise one ModelLoadError that names what is missing, surplus, of another shape or of a type that is not a float.
+def _check(stored: dict[str, _StoredTensor], places: Mapping[str, Weight], config: ModelConfig, source: Path) -> None:
+    """Raise one ModelLoadError that names what is missing, surplus, of another shape or of a type that is not the place's.
 
     ``source`` is the JSON file that the expected shapes come from; the tensors lie beside it.
     """
@@ -277,7 +243,9 @@ def _check(stored: dict[str, _StoredTensor], places: dict[str, Tensor], config: 
         "of another shape": [
             f"{name} is {found}, {source.name} says {wanted}" for name, found, wanted in shapes if found != wanted
         ],
-        "of an unsupported type": [f"{n} is {stored[n].dtype}" for n in both if stored[n].dtype not in _FLOATS],
+        "of an unsupported type": [
+            f"{n} is {stored[n].dtype}" for n in both if stored[n].dtype not in _stored_types(places[n])
+        ],
     }
     found = [f"{len(tensors)} {problem} ({_some(tensors)})" for problem, tensors in problems.items() if tensors]
     if found:
@@ -302,13 +270,23 @@ def _allocate(model: Transformer, device: torch.device) -> None:
         layer.head_kind[: layer.num_heads], layer.head_kind[layer.num_heads :] = 0, 1
 
 
-def _fill(files: list[Path], places: dict[str, Tensor], progress: Callable[[str], None]) -> None:
+def _fill(files: list[Path], places: Mapping[str, Weight], progress: Callable[[str], None]) -> None:
     for number, file in enumerate(files, start=1):
         progress(f"loading weights, file {number} of {len(files)}")
         with _opened(file) as tensors:
             for name in tensors.offset_keys():  # In the file's order, so that it is read from front to back.
                 if name in places:
-                    places[name].copy_(tensors.get_tensor(name))
+                    _store(places[name], tensors.get_tensor(name))
+
+
+def _store(place: Weight, tensor: Tensor) -> None:
+    if isinstance(place, Tensor):
+        place.copy_(tensor)
+        return
+    # Quantised where it is going to lie: the host only reads the file.
+    quantized = quantize(tensor.to(place.device))
+    place.values.copy_(quantized.values)
+    place.scale.copy_(quantized.scale)
 
 
 def _check_tied_head(file: Path, name: str, embedding: Tensor) -> None:

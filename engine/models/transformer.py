@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from engine.config import ModelConfig
 from engine.models.rope import query_scale_table, rope_tables
 from kernels.backend import REFERENCE, Kernels
-from kernels.linear.weight import Weight
+from kernels.linear.weight import FP8, Weight, with_scale
 
 
 class Attention(Protocol):
@@ -64,6 +64,33 @@ class DecoderLayer(nn.Module):
         self.gate_up_bias = nn.Parameter(torch.zeros(2 * c.intermediate_size)) if c.mlp_bias else None
         self.down = nn.Parameter(torch.empty(c.hidden_size, c.intermediate_size))
         self.down_bias = nn.Parameter(torch.zeros(c.hidden_size)) if c.mlp_bias else None
+        # Of weights in eight bits, one number for each output channel.
+        self.qkv_scale: Tensor | None = None
+        self.output_scale: Tensor | None = None
+        self.gate_up_scale: Tensor | None = None
+        self.down_scale: Tensor | None = None
+
+    @property
+    def qkv_sizes(self) -> list[int]:
+        """Output channels of q, k and v in the merged projection."""
+        return [count * self.head_dim for count in (self.num_heads, self.num_kv_heads, self.num_kv_heads)]
+
+    def make_room_for_fp8(self) -> None:
+        """Put uninitialised e4m3 values and their scales in the place of the four large weights."""
+        for name in ("qkv", "output", "gate_up", "down"):
+            weight = getattr(self, name)
+            scale = torch.empty(len(weight), dtype=torch.float32, device=weight.device)
+            setattr(self, name, nn.Parameter(torch.empty_like(weight, dtype=FP8), requires_grad=False))
+            setattr(self, f"{name}_scale", nn.Parameter(scale, requires_grad=False))
+
+    def linear_weights(self) -> tuple[Weight, Weight, Weight, Weight]:
+        """The weights that every row meets, in this order: q, k, v; attention output; gate and up; down."""
+        return (
+            with_scale(self.qkv, self.qkv_scale),
+            with_scale(self.output, self.output_scale),
+            with_scale(self.gate_up, self.gate_up_scale),
+            with_scale(self.down, self.down_scale),
+        )
 
     def forward(self, x_RE: Tensor, residual_RE: Tensor | None, rows: _Rows) -> tuple[Tensor, Tensor]:
         """Return ``(output, residual)``; the caller adds them (fused with its own norm)."""
@@ -75,11 +102,13 @@ class DecoderLayer(nn.Module):
             x_RE, residual_RE = ops.add_rms_norm(x_RE, residual_RE, self.input_norm, self.eps)
         x_RE = self._attend(x_RE, rows)
         x_RE, residual_RE = ops.add_rms_norm(x_RE, residual_RE, self.post_attention_norm, self.eps)
-        gate_up = ops.linear(x_RE, self.gate_up, self.gate_up_bias)
-        return ops.linear(ops.swiglu(gate_up), self.down, self.down_bias), residual_RE
+        gate_up = ops.linear(x_RE, with_scale(self.gate_up, self.gate_up_scale), self.gate_up_bias)
+        down = with_scale(self.down, self.down_scale)
+        return ops.linear(ops.swiglu(gate_up), down, self.down_bias), residual_RE
 
     def _attend(self, x_RE: Tensor, rows: _Rows) -> Tensor:
-        qkv = self.kernels.linear(x_RE, self.qkv, self.qkv_bias).view(len(x_RE), -1, self.head_dim)
+        qkv = self.kernels.linear(x_RE, with_scale(self.qkv, self.qkv_scale), self.qkv_bias)
+        qkv = qkv.view(len(x_RE), -1, self.head_dim)
         qk, v_RGD = qkv[:, : self.num_rotated], qkv[:, self.num_rotated :]
         if self.qk_norm is not None:
             qk = F.rms_norm(qk, (self.head_dim,), None, self.eps) * self.qk_norm[self.head_kind]
@@ -91,7 +120,7 @@ class DecoderLayer(nn.Module):
 
     def _project(self, mixed: Tensor, draft_rows: Tensor | None) -> Tensor:
         """Return the output projection [R, E] of ``mixed`` [R, H * D], with the low-rank update in the draft rows alone."""
-        out_RE = self.kernels.linear(mixed, self.output, self.output_bias)
+        out_RE = self.kernels.linear(mixed, with_scale(self.output, self.output_scale), self.output_bias)
         if draft_rows is None or self.output_lora_a is None or self.output_lora_b is None:
             return out_RE
         update = self.kernels.linear(self.kernels.linear(mixed[draft_rows], self.output_lora_a, None), self.output_lora_b, None)
@@ -144,6 +173,12 @@ class Transformer(nn.Module):
         assert residual is not None, "a transformer has at least one layer"
         return self.kernels.add_rms_norm(x, residual, self.norm, self.config.rms_norm_eps)[0]
 
+    def make_room_for_fp8(self) -> None:
+        """Put uninitialised e4m3 values and their scales in the place of every layer's large weights."""
+        for layer in self.layers:
+            assert isinstance(layer, DecoderLayer)
+            layer.make_room_for_fp8()
+
     @property
     def head(self) -> Tensor:
         """The weight that makes logits, [V, E]: the embedding's where the two are tied."""
@@ -154,7 +189,7 @@ class Transformer(nn.Module):
         weights: list[Weight] = []
         for layer in self.layers:
             assert isinstance(layer, DecoderLayer)
-            weights += (layer.qkv, layer.output, layer.gate_up, layer.down)
+            weights += layer.linear_weights()
         return [*weights, self.head]
 
     def logits(self, hidden_RE: Tensor) -> Tensor:

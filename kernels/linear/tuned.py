@@ -53,10 +53,13 @@ class GraphTimer:
         for weight in weights:
             self.weights[LayerShape.of(weight)].append(weight)
         self.num_processors = int(torch.cuda.get_device_properties(self.device).multi_processor_count)
+        self.widens_fp8 = torch.cuda.get_device_capability(self.device) >= (8, 9)
 
     @torch.inference_mode()
     def __call__(self, shape: LayerShape, rows: int, tile: Tile | None) -> float:
-        """Seconds of one call; infinite if the tile needs more of a processor than it has."""
+        """Seconds of one call; infinite if the device cannot run the tile."""
+        if tile is not None and shape.element_size == 1 and not self.widens_fp8:
+            return math.inf
         size = shape.width_out * shape.width_in * shape.element_size
         weights = self.weights[shape][: -(-_COLD_BYTES // size)]
         x = torch.randn(rows, shape.width_in, dtype=self.dtype, device=self.device)

@@ -36,11 +36,17 @@ class QuantizedWeight:
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The weight [out, in] in another type, rounded once."""
         # Float16 has no room for a large value before it is scaled.
-        return (self.values.float() * self.scale[:, None]).to(dtype)
+        wide = torch.promote_types(dtype, torch.float32)
+        return (self.values.to(wide) * self.scale[:, None].to(wide)).to(dtype)
 
 
 Weight = Tensor | QuantizedWeight
 """What ``linear`` takes: [out, in] either way."""
+
+
+def with_scale(values: Tensor, scale: Tensor | None) -> Weight:
+    """A weight of plain values, or the quantised one that they are with a scale."""
+    return values if scale is None else QuantizedWeight(values, scale)
 
 
 def quantize(weight: Tensor) -> QuantizedWeight:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
@@ -54,38 +55,24 @@ def requests_for(prompts: list[tuple[int, ...]], temperature: float, mode: Decod
 
 
 def answers(
-    requests: list[GenerateRequest],
-    num_branches: int | None,
-    depth: int,
-    seqs: int,
-    dtype: str = "float32",
-    device: str = "cpu",
-    kernels: str = "auto",
-    enforce_eager: bool = False,
+    requests: list[GenerateRequest], num_branches: int | None, depth: int, seqs: int, **options: Any
 ) -> list[tuple[int, ...]]:
     """The tokens of every request from one engine."""
-    transcript = drive(bundled_engine(num_branches, depth, seqs, dtype, device, kernels, enforce_eager), requests)
+    transcript = drive(bundled_engine(num_branches, depth, seqs, **options), requests)
     return [transcript.tokens(request.request_id) for request in requests]
 
 
 def bundled_engine(
-    num_branches: int | None,
-    depth: int,
-    seqs: int,
-    dtype: str = "float32",
-    device: str = "cpu",
-    kernels: str = "auto",
-    enforce_eager: bool = False,
+    num_branches: int | None, depth: int, seqs: int, dtype: str = "float32", device: str = "cpu", **options: Any
 ) -> EngineCore:
-    """An engine that serves the bundled checkpoint."""
+    """An engine that serves the bundled checkpoint; ``options`` are those of ``EngineConfig``."""
     config = EngineConfig(
         str(FOLDER),
         dtype=dtype,
         device=device,
-        kernels=kernels,
-        enforce_eager=enforce_eager,
         scheduler=SchedulerConfig(max_num_seqs=seqs, async_depth=depth),
         decode=DecodeConfig(DecodingMode.TIDAR, None, num_branches),
+        **options,
     )
     return build_engine_core(config)
 

@@ -162,7 +162,7 @@ def test_whose_word_on_tied_embeddings_counts(write_config: WriteConfig, inner: 
     [
         ({"text_config": ...}, "a text_config of model_type 'None' is not supported; supported: mistral, ministral3"),
         ({"text_config": TEXT | {"model_type": "mistral4"}}, "a text_config of model_type 'mistral4' is not supported"),
-        ({"text_config": TEXT, "quantization_config": {"quant_method": "fp8"}}, "quantised weights are not supported"),
+        ({"text_config": TEXT, "quantization_config": {"quant_method": "fp8"}}, "this quantisation is not supported"),
     ],
 )
 def test_a_multimodal_config_that_is_refused(write_config: WriteConfig, change: dict[str, Any], message: str):
@@ -225,7 +225,7 @@ def test_a_bad_tidar_section(write_config: WriteConfig, change: dict[str, Any], 
         ({"tie_word_embeddings": "no"}, "tie_word_embeddings must be true or false, got 'no'"),
         ({"eos_token_id": ["</s>"]}, "eos_token_id must be a token id or a list of them, got ['</s>']"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported, only silu"),
-        ({"quantization_config": {"bits": 4}}, "quantised weights are not supported"),
+        ({"quantization_config": {"bits": 4}}, "this quantisation is not supported"),
         ({"tidar": 8}, "tidar must be an object such as"),
         (
             {"rope_scaling": {"rope_type": "dynamic", "factor": 2}},

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from engine.config import DraftAnchor, LoraConfig, RopeConfig, RopeKind, TidarConfig
 from engine.models.hf_config import read_model_config
-from engine.models.loader import ModelLoadError, adapter_tensors, load_model, named_tensors
+from engine.models.loader import ModelLoadError, load_model
+from engine.models.places import adapter_tensors, named_tensors
 from engine.models.transformer import Transformer
 from tests.unit.engine.models.nemotron import (
     ADAPTER,
@@ -220,7 +221,7 @@ def error_of(folder: Path) -> str:
         ({"mask_token_id": 128}, "config.json: mask_token_id must be below vocab_size, 128, got 128"),
         ({"block_size": 1}, "config.json: block_size must be an integer of at least 2, got 1"),
         ({"rope_parameters": None}, "config.json lacks rope_parameters"),
-        ({"quantization_config": {"bits": 4}}, "quantised weights are not supported"),
+        ({"quantization_config": {"bits": 4}}, "this quantisation is not supported (quant_method is None)"),
     ],
 )
 def test_a_bad_config(tmp_path: Path, changes: dict[str, Any], message: str):
