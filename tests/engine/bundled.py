@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from tokenizers import Tokenizer
 
 import server
 from engine.build import build_engine_core
-from engine.config import DecodeConfig, EngineConfig, SchedulerConfig
+from engine.config import DecodeConfig, EngineConfig, Quantization, SchedulerConfig
 from engine.core import EngineCore
 from engine.messages import GenerateRequest
 from engine.models.hf_config import read_model_config
@@ -39,9 +40,10 @@ def question_prompts() -> list[tuple[int, ...]]:
     return [(USER, *tokenizer.encode(shape.format(name)).ids, END, ASSISTANT) for name in NAMES for shape in SHAPES]
 
 
-def double_model() -> Transformer:
+def double_model(quantization: Quantization = Quantization.NONE) -> Transformer:
     """The same weights in float64 on the CPU, to judge ties."""
-    model = load_model(FOLDER, read_model_config(FOLDER), torch.float64, torch.device("cpu"))
+    config = replace(read_model_config(FOLDER), quantization=quantization)
+    model = load_model(FOLDER, config, torch.float64, torch.device("cpu"))
     model.build_rope(256)
     return model
 

@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 
+from engine.config import Quantization
 from engine.sampling_params import DecodingMode
 from tests.engine.bundled import PLANS, answers, bundled_engine, count_ties, double_model, question_prompts, requests_for
 
@@ -89,3 +90,17 @@ def test_bfloat16_mismatches_are_ties(kernels, temperature, exact_model, record_
         num_ties += count_ties(exact_model, requests, given, expected, BFLOAT16_TIE)
     record_property("ties", num_ties)
     print(f"{kernels}, temperature {temperature}: {num_ties} ties in {len(prompts) * len(PLANS)} answers")
+
+
+@pytest.mark.parametrize("kernels", ["reference", "triton"])
+def test_eight_bit_weights_are_the_same_in_every_mode(kernels, record_property):
+    """Against the dequantised weights in float64."""
+    prompts, judge = question_prompts(), double_model(Quantization.AT_LOAD)
+    options = {"dtype": "bfloat16", "device": "cuda", "kernels": kernels, "quantize_fp8": True}
+    expected = answers(requests_for(prompts, 1.0, DecodingMode.AR), 1, 0, 1, **options)
+    num_ties = 0
+    for mode, num_branches in PLANS.values():
+        requests = requests_for(prompts, 1.0, mode)
+        num_ties += count_ties(judge, requests, answers(requests, num_branches, 0, 16, **options), expected, BFLOAT16_TIE)
+    record_property("ties", num_ties)
+    print(f"{kernels}, fp8: {num_ties} ties in {len(prompts) * len(PLANS)} answers")
