@@ -129,10 +129,15 @@ class RowBuilder:
         return layout.draft_rows[~self.batch.is_diffusion_S[slot_N[layout.request_R[layout.draft_rows]]]]
 
     def _num_drafts(self, bounds: StepBounds) -> Tensor:
-        """Drafts that each request really runs. Those of a diffusion request have been emitted, so all of them are."""
+        """Drafts that each request really runs.
+
+        Those of a diffusion request have been emitted, so all of them are, unless nothing more is wanted: then its last block
+        may reach beyond its end, where it has no pages.
+        """
         slot_N = bounds.slot_N
         held_N, wanted_N = self.batch.num_held_S[slot_N], self.batch.wanted_S[slot_N]
-        useful_N = torch.where(self.batch.is_diffusion_S[slot_N], held_N, torch.minimum(held_N, wanted_N))
+        is_going_on_N = self.batch.is_diffusion_S[slot_N] & (wanted_N > 0)
+        useful_N = torch.where(is_going_on_N, held_N, torch.minimum(held_N, wanted_N))
         return torch.minimum(useful_N, bounds.num_drafts_N)
 
     def _choose_branches(self, layout: StepLayout, bounds: StepBounds, num_drafts_N: Tensor) -> Tensor:

@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from engine.core import EngineCore
+from engine.decode.inputs import StepInputs
 from engine.messages import FinishReason, GenerateRequest, RequestOutput
+from engine.model_runner import ModelRunner
 from tests.engine.oracle import Answer
 
 MAX_STEPS = 5000
@@ -47,6 +51,7 @@ def drive(
     aborts: Mapping[str, int] | None = None,
 ) -> Transcript:
     """Add each request before the step given by ``arrivals`` (default: the first), abort before that given by ``aborts``."""
+    check_writes(core)
     transcript, pending = Transcript(), list(requests)
     arrivals, aborts = arrivals or {}, aborts or {}
     step = 0
@@ -66,6 +71,23 @@ def drive(
         assert step < MAX_STEPS, "the engine makes no progress"
     assert_idle(core)
     return transcript
+
+
+def check_writes(core: EngineCore) -> None:
+    """From now on, AssertionError where a step would keep K/V in a page that its request does not own."""
+    if not isinstance(core.runner, ModelRunner):
+        return
+    execute = core.runner.execute
+
+    def checked(inputs: StepInputs) -> Tensor | None:
+        owned = {r.slot: {0, *r.cache.page_ids} for r in core.scheduler.running if r.cache is not None}
+        slots = inputs.slot_N[inputs.layout.request_R].tolist()
+        for slot, page in zip(slots, (inputs.slot_mapping_R // core.info.page_size).tolist(), strict=True):
+            # Nobody owns the null slot of a replayed step, whose rows write to the null page as all padding does.
+            assert page in owned.get(slot, {0}), f"the request in slot {slot} writes to page {page}"
+        return execute(inputs)
+
+    core.runner.execute = checked  # type: ignore[method-assign]
 
 
 def assert_idle(core: EngineCore) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -120,6 +120,21 @@ def test_forwards_of_diffusion_are_counted_and_its_drafts_are_not_called_verifie
     assert last.speculation.num_forwards == stats.forwards == denoise(model, request, 0.5)[1]
     assert (stats.num_drafts, stats.num_draft_tokens, stats.branch_hits, stats.branch_misses) == (0, 0, 0, 0)
     assert stats.generation_tokens == len(denoise(model, request, 0.5)[0].token_ids)
+
+
+def test_a_last_block_that_reaches_beyond_the_end_touches_nobody_elses_cache() -> None:
+    """At depth 1 a step is launched behind the block that ends the request; its pages end where its tokens do."""
+    model = tiny_model("mistral", shared=1.0)
+    rng = random.Random(8)
+    short = [
+        replace(r, request_id=f"short-{r.request_id}", sampling=replace(r.sampling, max_tokens=1))
+        for r in random_requests(rng, DecodingMode.DIFFUSION, 12)
+    ]
+    exact = random_requests(rng, DecodingMode.TIDAR, 12)
+    core = tiny_engine(model, page_size=2, max_num_seqs=3, depth=1)
+    transcript = drive(core, [r for pair in zip(short, exact, strict=True) for r in pair])
+    for request in exact:
+        assert transcript.answer(request.request_id) == decode(model, request)
 
 
 @pytest.mark.parametrize(
