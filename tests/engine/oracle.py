@@ -8,17 +8,18 @@ nothing else.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from llguidance import LLMatcher
+from llguidance import LLMatcher, LLTokenizer
 from torch import Tensor
 
 from engine.messages import FinishReason, GenerateRequest, GrammarSpec, TokenLogprobs
 from engine.models.transformer import Transformer
 from engine.sampling_params import SamplingParams
 from kernels.philox.reference import gumbel
-from tests.engine.vocabulary import llg_tokenizer, spell
+from tests.engine.vocabulary import llg_tokenizer
 
 
 @dataclass(frozen=True)
@@ -44,17 +45,17 @@ class DenseCausalAttention:
         return torch.einsum("hrs,shd->rhd", weights_HRR, v_RHD)
 
 
-def all_logits(model: Transformer, token_ids: list[int]) -> list[list[float]]:
-    """Raw logits of the token that follows each token."""
+def all_logits(model: Transformer, token_ids: list[int], last: int = 0) -> list[list[float]]:
+    """Raw logits of the token that follows each token, or each of the ``last`` ones."""
     with torch.inference_mode():
         hidden = model(torch.tensor(token_ids), torch.arange(len(token_ids)), DenseCausalAttention())
-        logits: list[list[float]] = model.logits(hidden).tolist()
+        logits: list[list[float]] = model.logits(hidden[-last:]).tolist()
     return logits
 
 
 def next_token_logits(model: Transformer, token_ids: list[int]) -> list[float]:
     """Raw logits of the token that follows all of them."""
-    return all_logits(model, token_ids)[-1]
+    return all_logits(model, token_ids, last=1)[-1]
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,9 @@ def _penalised(token: int, score: float, sampling: SamplingParams, context: Cont
     return score - sampling.presence_penalty * (count > 0)
 
 
-def allowed_tokens(spec: GrammarSpec, output: list[int], eos: frozenset[int], vocab_size: int) -> frozenset[int] | None:
+def allowed_tokens(
+    spec: GrammarSpec, output: list[int], eos: frozenset[int], vocab_size: int, tokenizer: LLTokenizer
+) -> frozenset[int] | None:
     """What a grammar lets follow; None: everything."""
     everything, thinking, rest = frozenset(range(vocab_size)), spec.thinking, list(output)
     may_think = thinking is not None and not thinking.is_open and not rest
@@ -110,9 +113,9 @@ def allowed_tokens(spec: GrammarSpec, output: list[int], eos: frozenset[int], vo
         if thinking.end not in rest:
             return everything - eos
         rest = rest[rest.index(thinking.end) + 1 :]
-    matcher = LLMatcher(llg_tokenizer(), spec.source)
+    matcher = LLMatcher(tokenizer, spec.source)
     for token in rest:
-        assert matcher.consume_token(token), f"{spell(output)!r} does not follow the grammar"
+        assert matcher.consume_token(token), f"{output} does not follow the grammar"
     mask = int.from_bytes(matcher.compute_bitmask(), "little")
     allowed = {token for token in range(vocab_size) if mask >> token & 1}
     if may_think and thinking is not None and thinking.begin is not None:
@@ -138,18 +141,27 @@ def noisy_scores(scores: list[float], sampling: SamplingParams, position: int) -
     return [score + value for score, value in zip(scores, noise, strict=True)]
 
 
-def decode(model: Transformer, request: GenerateRequest) -> Answer:
-    """Run one request, one token a forward."""
-    sampling, prompt, config = request.sampling, list(request.prompt_token_ids), model.config
+def context_of(
+    model: Transformer, request: GenerateRequest, output: list[int], load_tokenizer: Callable[[], LLTokenizer]
+) -> Context:
+    """What shapes the distribution after this output."""
+    config, spec = model.config, request.grammar
     eos, mask = frozenset(config.eos_token_ids), config.tidar.mask_token_id if config.tidar else None
+    allowed = allowed_tokens(spec, output, eos, config.vocab_size, load_tokenizer()) if spec else None
+    return Context(list(request.prompt_token_ids), output, eos, mask, allowed)
+
+
+def decode(model: Transformer, request: GenerateRequest, load_tokenizer: Callable[[], LLTokenizer] = llg_tokenizer) -> Answer:
+    """Run one request, one token a forward. The tokenizer is the one that its grammar is for."""
+    sampling, prompt, config = request.sampling, list(request.prompt_token_ids), model.config
+    eos = set(config.eos_token_ids)
     stops = set(sampling.stop_token_ids) | (set() if sampling.ignore_eos and not request.grammar else eos)
     output: list[int] = []
     logprobs: list[TokenLogprobs] = []
     reason, stop = FinishReason.LENGTH, None
     while len(output) < sampling.max_tokens:
-        allowed = allowed_tokens(request.grammar, output, eos, config.vocab_size) if request.grammar else None
         logits = next_token_logits(model, prompt + output)
-        scores = processed(logits, sampling, Context(prompt, output, eos, mask, allowed))
+        scores = processed(logits, sampling, context_of(model, request, output, load_tokenizer))
         token = _argmax(noisy_scores(scores, sampling, position=len(prompt) + len(output)))
         if sampling.logprobs is not None:
             logprobs.append(token_logprobs(logits, token, sampling.logprobs))

@@ -26,10 +26,11 @@ from engine.config import (
 )
 from engine.core import EngineCore
 from engine.cuda_graphs import Capture
+from engine.grammar import GrammarCompiler
 from engine.messages import SamplingDefaults
 from engine.models.transformer import Transformer
 from engine.sampling_params import DecodingMode
-from tests.engine.vocabulary import EOS_TOKEN, MASK_TOKEN, VOCAB_SIZE, tiny_grammars
+from tests.engine.vocabulary import EOS_TOKEN, MASK_TOKEN, TINY, VOCAB_SIZE, Language
 
 MAX_MODEL_LEN = 64
 BLOCK_LENGTH = 6
@@ -61,10 +62,16 @@ SHARED = (0.0, 1.0, 3.0)
 
 
 @functools.lru_cache(maxsize=64)
-def tiny_model(architecture: str, seed: int = 0, shared: float = 0.0) -> Transformer:
+def tiny_model(architecture: str, seed: int = 0, shared: float = 0.0, language: Language = TINY) -> Transformer:
     """A random model in float64. It is built once for its arguments; nothing may change it."""
     torch.manual_seed(seed)
-    model = Transformer(ARCHITECTURES[architecture]).double().requires_grad_(False)
+    config = replace(
+        ARCHITECTURES[architecture],
+        vocab_size=language.vocab_size,
+        tidar=TidarConfig(BLOCK_LENGTH, language.mask),
+        eos_token_ids=(language.eos,),
+    )
+    model = Transformer(config).double().requires_grad_(False)
     for name, parameter in model.named_parameters():
         if "norm" in name:
             nn.init.normal_(parameter, mean=1.0, std=0.1)
@@ -93,13 +100,14 @@ def tiny_engine(
     block_length: int | None = None,
     mode: DecodingMode = DecodingMode.TIDAR,
     capture: Capture | None = None,
+    grammars: GrammarCompiler | None = None,
     **decode: float,
 ) -> EngineCore:
-    """An engine around a model, assembled as the server's is."""
+    """An engine around a model, assembled as the server's is; grammars are for the tiny vocabulary if nothing is said."""
     config = EngineConfig(
         "tiny",
         cache=CacheConfig(page_size, num_pages, prefix_caching),
         scheduler=SchedulerConfig(max_num_seqs, budget, async_depth=depth),
         decode=DecodeConfig(mode, block_length, num_branches, **decode),
     )
-    return assemble(config, model, MAX_MODEL_LEN, SamplingDefaults(), tiny_grammars(), capture=capture)
+    return assemble(config, model, MAX_MODEL_LEN, SamplingDefaults(), grammars or TINY.compiler(), capture=capture)

@@ -1,16 +1,41 @@
-"""What the tiny models' tokens spell, so that grammars have something to speak of."""
+"""What tokens mean to those who write requests: a language, and the tiny one in which the tiny models' tokens spell JSON."""
 
 from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Sequence
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 
 from engine.grammar import GrammarCompiler, GrammarError
 
 VOCAB_SIZE, MASK_TOKEN, EOS_TOKEN = 23, 7, 3
+
+
+@dataclass(frozen=True)
+class Language:
+    """What random requests need to know of a vocabulary.
+
+    ``text``: tokens that are neither the mask nor an EOS. ``passage`` draws a piece of text of a given length. ``ends``: biases
+    that bring a random model to end what it has begun, thinking or a grammar. ``thinking``: the tags around it.
+    """
+
+    vocab_size: int
+    eos: int
+    mask: int
+    text: tuple[int, ...]
+    passage: Callable[[random.Random, int], list[int]]
+    grammars: tuple[str, ...]
+    thinking: tuple[int, int]
+    ends: tuple[tuple[int, float], ...]
+    tokenizer: Callable[[], LLTokenizer]
+
+    def compiler(self) -> GrammarCompiler:
+        return GrammarCompiler(self.tokenizer, [self.eos])
+
 
 SPELLING: tuple[bytes, ...] = (
     b"{", b"}", b"[", b"<eos>", b"]", b",", b":", b"<mask>", b'"', b'"a"', b'"b":', b"a", b"b", b"1", b"2", b"12", b"true",
@@ -20,6 +45,7 @@ THINK_BEGIN, THINK_END = 19, 22
 """Tokens that tests take for the tags around thinking: the space and the minus, which their grammars do not use."""
 
 CLOSERS = (1, 4, 21)
+TEXT_TOKENS = tuple(token for token in range(VOCAB_SIZE) if token not in (MASK_TOKEN, EOS_TOKEN))
 
 
 class _Vocabulary:
@@ -39,17 +65,9 @@ class _Vocabulary:
         return ids
 
 
-def spell(token_ids: Sequence[int]) -> str:
-    return b"".join(SPELLING[t] for t in token_ids).decode()
-
-
 @functools.lru_cache(maxsize=1)
 def llg_tokenizer() -> LLTokenizer:
     return LLTokenizer(TokenizerWrapper(_Vocabulary(EOS_TOKEN, [EOS_TOKEN, MASK_TOKEN])))
-
-
-def tiny_grammars() -> GrammarCompiler:
-    return GrammarCompiler(llg_tokenizer, [EOS_TOKEN])
 
 
 def _json(schema: dict[str, object]) -> str:
@@ -72,6 +90,18 @@ GRAMMARS: dict[str, str] = {
     ),
     "recursive": _json({"$defs": {"n": {"type": "array", "items": {"$ref": "#/$defs/n"}}}, "$ref": "#/$defs/n"}),
 }
+
+TINY = Language(
+    VOCAB_SIZE,
+    EOS_TOKEN,
+    MASK_TOKEN,
+    TEXT_TOKENS,
+    lambda rng, length: rng.choices(TEXT_TOKENS, k=length),
+    tuple(GRAMMARS.values()),
+    (THINK_BEGIN, THINK_END),
+    ((THINK_BEGIN, 4.0), (THINK_END, 6.0), *((token, 2.0) for token in CLOSERS), (EOS_TOKEN, 1.0)),
+    llg_tokenizer,
+)
 
 
 def no_grammars() -> GrammarCompiler:
