@@ -1,0 +1,70 @@
+"""Everything that a GPU has to show, in resumable parts of a few minutes: ``python3 -m benchmarks.gpu --out DIR``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from benchmarks.gpu import record
+from benchmarks.gpu.bench import Bench
+from benchmarks.gpu.report import write_report
+from benchmarks.gpu.runner import all_parts, run_all, run_part
+from benchmarks.gpu.shapes import MODELS
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python3 -m benchmarks.gpu", description=__doc__)
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="where records and report are; a run goes on there"
+    )
+    parser.add_argument(
+        "--section", nargs="+", default=[], metavar="NAME", help="only these sections or parts (step, step.8b.triton)"
+    )
+    parser.add_argument("--model", nargs="+", choices=[*MODELS], default=[*MODELS], help="only these models (default: all)")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no part that might end later than this")
+    parser.add_argument("--peers", type=Path, metavar="DIR", help="holds any of gpt-fast/, mini-sglang/, site/ (packages)")
+    parser.add_argument("--retry", action="store_true", help="run failed parts again")
+    parser.add_argument("--list", action="store_true", help="print the parts, the longest that each may take, and its question")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="everything tiny, on the CPU, in one process: tests the benchmark"
+    )
+    parser.add_argument("--part", help=argparse.SUPPRESS)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run parts, then report; the exit status is 1 where a part failed."""
+    options = parse(arguments)
+    parts = all_parts(options.model, [options.part] if options.part else options.section)
+    if options.list:
+        for part in parts:
+            print(f"{part.name:32} {part.section.seconds:4.0f} s  {part.section.answers}")
+        return 0
+    if not options.dry_run and not torch.cuda.is_available():
+        raise SystemExit("torch finds no CUDA GPU: --dry-run runs everything tiny on the CPU")
+    bench = Bench(options.out, options.dry_run, options.peers)
+    record.unbundle(options.out)
+    if options.part:
+        return int(run_part(bench, parts[0]).status == "failed")
+    if options.retry:
+        for name, found in record.read_all(options.out).items():
+            if found.status in ("failed", "running"):
+                record.path_of(options.out, name).unlink()
+    left = run_all(bench, parts, options.minutes, None if options.dry_run else _child_arguments(options))
+    record.bundle(options.out)
+    print(write_report(options.out), end="")
+    if left:
+        print(f"no time was left for {', '.join(part.name for part in left)}: run the same command again")
+    return int(any(found.status == "failed" for found in record.read_all(options.out).values()))
+
+
+def _child_arguments(options: argparse.Namespace) -> list[str]:
+    peers = ["--peers", str(options.peers.resolve())] if options.peers is not None else []
+    return ["--out", str(options.out.resolve()), *peers]
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

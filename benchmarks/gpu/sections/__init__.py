@@ -1,0 +1,42 @@
+"""All sections, the most important first."""
+
+from benchmarks.gpu.sections import (
+    attention,
+    checks,
+    elementwise,
+    fp8,
+    gemm,
+    invariant,
+    machine,
+    peers,
+    profile,
+    sampling,
+    start,
+    step,
+    streams,
+    throughput,
+    yardsticks,
+)
+from benchmarks.gpu.sections.base import Section
+
+SECTIONS: tuple[Section, ...] = tuple(
+    module.SECTION
+    for module in (
+        checks,
+        machine,
+        gemm,
+        attention,
+        elementwise,
+        sampling,
+        step,
+        throughput,
+        peers,
+        yardsticks,
+        streams,
+        start,
+        invariant,
+        fp8,
+        profile,
+    )
+)
+"""Linear layers come early: what is chosen for them is reused by every engine behind them."""

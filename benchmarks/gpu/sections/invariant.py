@@ -1,0 +1,97 @@
+"""How often a batch changes an answer without ``--batch-invariant``, and what the option costs."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from transformers import AutoTokenizer
+
+from benchmarks.bundled import MODEL
+from benchmarks.decode_modes import prompt_sets
+from benchmarks.gpu.bench import Bench
+from benchmarks.gpu.engines import AR, PAGE, ROOM, Limits, StepRig, plan_name, tidar
+from benchmarks.gpu.random_model import random_model
+from benchmarks.gpu.record import Cell, Record
+from benchmarks.gpu.sections.base import Cells, Section, attempt, tabulate
+from engine.build import build_engine_core
+from engine.config import CacheConfig, DecodeConfig, EngineConfig, SchedulerConfig
+from engine.messages import GenerateRequest
+from engine.sampling_params import DecodingMode, SamplingParams
+
+OPTION = "batch_invariant"
+MODES = {"ar, alone": (DecodingMode.AR, 1), "ar": (DecodingMode.AR, 16), "linear": (DecodingMode.LINEAR, 16),
+         "tidar": (DecodingMode.TIDAR, 16)}  # fmt: skip
+
+
+def run(bench: Bench, part: str) -> Cells:
+    """Answers of the bundled model alone and in a batch, then steps, with the option and without it."""
+    has_option = OPTION in {field.name for field in dataclasses.fields(EngineConfig)}
+    prompts = prompt_sets(AutoTokenizer.from_pretrained(MODEL), bench.size(48, 2))["new"]
+    for is_on in (False, True) if has_option else (False,):
+        options = {OPTION: is_on} if has_option else {}
+        expected: list[tuple[int, ...]] = []
+        for name, (mode, batch) in MODES.items():
+            found: Cell = {"what": "answers of the bundled model", "invariant": is_on, "mode": name}
+            try:
+                given = _answers(bench, prompts, mode, batch, options)
+            except Exception as error:  # an option that fails is a finding
+                yield found | {"error": f"{type(error).__name__}: {str(error)[:300]}"}
+                break
+            expected = expected or given
+            differing = sum(a != b for a, b in zip(given, expected, strict=True))
+            yield found | {"answers": len(given), "differing": differing, "rate": differing / len(given)}
+    if not has_option:
+        yield {"what": f"absent: EngineConfig has no field {OPTION}"}
+        return
+    yield from _costs(bench)
+
+
+def _answers(
+    bench: Bench, prompts: list[list[int]], mode: DecodingMode, batch: int, options: dict[str, bool]
+) -> list[tuple[int, ...]]:
+    """Greedy and sampled by turns, each request with a seed of its own."""
+    config = EngineConfig(
+        str(MODEL),
+        dtype="float32" if bench.is_dry else "bfloat16",
+        device=str(bench.device),
+        kernels=bench.kernel_names[0],
+        max_model_len=512,
+        cache=CacheConfig(num_pages=1 + batch * 8),
+        scheduler=SchedulerConfig(batch),
+        decode=DecodeConfig(DecodingMode.TIDAR, None, 2),
+        **options,
+    )
+    core = build_engine_core(config)
+    answers: dict[str, list[int]] = {str(i): [] for i in range(len(prompts))}
+    for i, prompt in enumerate(prompts):
+        sampling = SamplingParams(bench.size(96, 6), seed=i, temperature=0.7 * (i % 2))
+        core.add(GenerateRequest(str(i), tuple(prompt), sampling, mode))
+    while core.has_work:
+        for output in core.step().outputs:
+            answers[output.request_id] += output.token_ids
+    return [tuple(answer) for answer in answers.values()]
+
+
+def _costs(bench: Bench) -> Cells:
+    model, context = "8b", bench.size(1024, 64)
+    batches = bench.pick((1, 8, 32), (1,))
+    for is_on in (False, True):
+        network = random_model(bench.config(model), bench.dtype, bench.device, bench.kernels(bench.kernel_names[0], model))
+        pages = 1 + max(batches) * (context + ROOM) // PAGE
+        rig = StepRig(bench, network, Limits(max(batches), bench.size(16_384, 512), pages), {OPTION: is_on})
+        for batch in batches:
+            for plan in bench.pick((AR, tidar(16, 1), tidar(8, 8)), (AR,)):
+                cell: Cell = {"what": f"step of {model}", "invariant": is_on, "batch": batch, "plan": plan_name(plan)}
+                yield attempt(cell, lambda r=rig, b=batch, p=plan: {"ms": r.ms(b, p, context)[0]})
+        del rig, network
+        bench.release()
+
+
+def show(records: list[Record]) -> str:
+    """Rates of mismatches; milliseconds of steps."""
+    columns = (("what", "what", ""), ("invariant", "invariant", ""), ("mode", "mode", ""), ("answers", "answers", "d"),
+               ("differing", "differing", "d"), ("batch", "batch", "d"), ("plan", "plan", ""), ("ms", "ms", ".3f"))  # fmt: skip
+    return tabulate(records, columns)
+
+
+SECTION = Section("invariant", "how often does a batch change an answer, and what does invariance cost?", run, show, 240.0)

@@ -1,0 +1,119 @@
+"""What a start costs: weights, linear layers, captured steps, timed plans; and where the memory goes."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import resource
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from benchmarks.gpu.bench import Bench
+from benchmarks.gpu.engines import PAGE
+from benchmarks.gpu.random_model import random_model
+from benchmarks.gpu.record import Cell, Record
+from benchmarks.gpu.sections.base import Cells, Section, attempt, tabulate
+from benchmarks.gpu.sections.throughput import start
+from engine.kv_cache import page_bytes
+from engine.models.loader import load_model
+from engine.models.places import named_tensors
+from engine.models.transformer import Transformer
+
+
+def run(bench: Bench, model: str) -> Cells:
+    """A checkpoint written and loaded, then a whole start, message by message."""
+    config = bench.config(model)
+    begun, before = time.perf_counter(), _used(bench)
+    network = random_model(config, bench.dtype, bench.device, bench.kernels("reference", model))
+    _wait(bench)
+    yield {"what": "random weights made on the device", "seconds": time.perf_counter() - begun, "bytes": _used(bench) - before}
+    yield attempt({"what": "weights loaded from safetensors"}, functools.partial(_load, bench, network))
+    del network
+    bench.release()
+    yield from _messages(bench, model)
+
+
+def _load(bench: Bench, network: Transformer) -> Cell:
+    """Load what was just written, so that the file is in the page cache: the loader's own part of the time."""
+    folder = Path(tempfile.mkdtemp(prefix="checkpoint-"))
+    try:
+        weights = {name: tensor.cpu().contiguous() for name, tensor in named_tensors(network).items()}
+        save_file(weights, folder / "model.safetensors")
+        del weights
+        (folder / "config.json").write_text(json.dumps({}))
+        host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        begun = time.perf_counter()
+        loaded = load_model(folder, network.config, bench.dtype, bench.device)
+        _wait(bench)
+        seconds = time.perf_counter() - begun
+        size = sum(p.numel() * p.element_size() for p in loaded.parameters())
+        is_equal = all(torch.equal(a, b) for a, b in zip(loaded.parameters(), network.parameters(), strict=True))
+        peak = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - host)
+        return {"seconds": seconds, "bytes": size, "host_peak_grew_by": peak, "is_equal": is_equal}
+    finally:
+        shutil.rmtree(folder)
+
+
+def _messages(bench: Bench, model: str) -> Cells:
+    """Seconds between the messages that a start prints, and memory before and after."""
+    moments: list[tuple[float, str]] = []
+    before, begun = _used(bench), time.perf_counter()
+    core = start(
+        bench,
+        model,
+        bench.size(256, 2),
+        bench.size(8192, 256),
+        progress=lambda text: moments.append((time.perf_counter(), text)),
+    )
+    _wait(bench)
+    ended = time.perf_counter()
+    yield {"what": "a whole start, from random weights to ready", "seconds": ended - begun, "bytes": _used(bench) - before}
+    moments = [(begun, "making weights"), *moments, (ended, "")]
+    spent: dict[str, float] = {}
+    for (since, text), (until, _) in itertools.pairwise(moments):
+        kind = " ".join("N" if word.isdigit() else word for word in text.split())
+        spent[kind] = spent.get(kind, 0.0) + until - since
+    for kind, seconds in spent.items():
+        yield {"what": f"after: {kind}", "seconds": seconds}
+    pages = core.info.num_pages
+    size = pages * page_bytes(core.runner.model.config, PAGE, bench.dtype)
+    yield {"what": f"KV cache of {pages} pages", "bytes": size}
+    yield {"what": f"captured steps: {core.info.settings.get('captured steps')}", "settings": dict(core.info.settings)}
+    left_out = [text for _, text in moments if "not captured" in text]
+    yield {"what": left_out[0] if left_out else "every step size was captured"}
+
+
+def _used(bench: Bench) -> int:
+    if bench.device.type != "cuda":
+        return 0
+    bench.release()
+    free, total = torch.cuda.mem_get_info(bench.device)
+    return total - free
+
+
+def _wait(bench: Bench) -> None:
+    if bench.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def show(records: list[Record]) -> str:
+    """Seconds and gibibytes."""
+    for cell in (cell for record in records for cell in record.cells):
+        cell["GiB"] = cell["bytes"] / 2**30 if "bytes" in cell else None
+        cell["host GiB"] = cell["host_peak_grew_by"] / 2**30 if "host_peak_grew_by" in cell else None
+    columns = (
+        ("what", "what", ""),
+        ("seconds", "seconds", ".2f"),
+        ("GiB", "GiB", ".2f"),
+        ("host peak grew, GiB", "host GiB", ".2f"),
+    )
+    return tabulate(records, columns)
+
+
+SECTION = Section("start", "how long does a start take, and where does the memory go?", run, show, 200.0, per_model=True)
