@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from docs import options_by_mode
 from server.cli import CHAT_FLAGS
 from server.flags import Flag
 from server.options import MODEL_VARIABLE, SERVE_FLAGS
@@ -30,7 +31,7 @@ def command_line() -> str:
     )
 
 
-PAGES = {"command-line.md": command_line}
+PAGES = {"command-line.md": command_line, "options-by-mode.md": options_by_mode.page}
 
 
 def main() -> None:

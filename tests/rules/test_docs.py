@@ -5,14 +5,36 @@ from pathlib import Path
 
 import pytest
 
+from docs import options_by_mode
 from docs.generate import PAGES, REFERENCE
+from docs.options_by_mode import OPTIONS, rows
+from server.protocol import ChatCompletionRequest, CompletionRequest
 
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("name", PAGES)
+MATRIX = "options-by-mode.md"
+
+
+@pytest.mark.parametrize("name", PAGES.keys() - {MATRIX})
 def test_reference_pages_are_current(name):
     assert (REFERENCE / name).read_text() == PAGES[name](), "run `make docs`"
+
+
+def test_a_sample_of_the_matrix_is_current():
+    """All of it takes a minute: ``tests/e2e`` has that."""
+    page = (REFERENCE / MATRIX).read_text()
+    assert options_by_mode.HEADER in page, "run `make docs`"
+    found = [line for line in page.splitlines() if line.startswith("| ") and not line.startswith(("| option", "| ---"))]
+    assert [line.split(" | ")[0].removeprefix("| ") for line in found] == [option.name for option in OPTIONS], "run `make docs`"
+    for option, row in rows(OPTIONS[2::7]).items():
+        assert row in found, f"{option.name}: run `make docs`"
+
+
+def test_the_matrix_has_every_field_that_shapes_an_answer():
+    shown = {name for option in OPTIONS for name in (*option.fields, *options_by_mode.PLAIN)}
+    declared = ChatCompletionRequest.model_fields.keys() | CompletionRequest.model_fields.keys()
+    assert declared - shown == {"messages", "model", "decoding", "add_special_tokens"}
 
 
 def test_no_page_has_a_placeholder_or_a_dead_link():
