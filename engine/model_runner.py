@@ -7,21 +7,19 @@ from torch import Tensor
 
 from engine.decode.inputs import StepInputs
 from engine.kv_cache import KVCache
-from engine.models.transformer import Transformer
+from engine.models.transformer import CacheSlots, Transformer
 from kernels.backend import Kernels
 
 
 class PagedAttention:
-    """The attention of one step: keeps the clean rows' K/V in their pages and attends over cache and step."""
+    """The attention of one step, over cache and step."""
 
     def __init__(self, inputs: StepInputs, cache: KVCache, kernels: Kernels, group_size: int, scale: float) -> None:
-        self.slots, self.cache, self.kernels, self.scale = inputs.slot_mapping_R, cache, kernels, scale
-        dtype = cache.keys[0].dtype
-        self.prepared = kernels.prepare_attention(inputs.attention, cache.page_size, group_size, dtype)
+        self.cache, self.kernels, self.scale = cache, kernels, scale
+        self.prepared = kernels.prepare_attention(inputs.attention, cache.page_size, group_size, cache.dtype)
 
     def __call__(self, layer: int, q_RHD: Tensor, k_RGD: Tensor, v_RGD: Tensor) -> Tensor:
-        keys, values = self.cache.keys[layer], self.cache.values[layer]
-        self.kernels.kv_write(k_RGD, v_RGD, keys, values, self.slots)
+        keys, values = self.cache.layers[layer]
         return self.kernels.paged_attention(q_RHD, k_RGD, v_RGD, keys, values, self.prepared, self.scale)
 
 
@@ -39,7 +37,8 @@ class ModelRunner:
         """One forward pass; logits [Q, V] of the rows that need them, None if no row does."""
         attention = PagedAttention(inputs, self.cache, self.kernels, self.group_size, self.scale)
         rows = inputs.layout.logit_rows
-        hidden = self.model(inputs.token_ids_R, inputs.positions_R, attention, inputs.draft_rows)
+        slots = CacheSlots(self.cache.layers, inputs.slot_mapping_R, self.cache.page_size)
+        hidden = self.model(inputs.token_ids_R, inputs.positions_R, attention, inputs.draft_rows, slots)
         if rows is None:
             return self.model.logits(hidden)
         return self.model.logits(hidden[rows]) if len(rows) else None

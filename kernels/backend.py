@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.kv_write import reference as kv_write_reference
 from kernels.linear import packed as packed_linear
 from kernels.linear import reference as linear_reference
 from kernels.linear.choice import ChoiceTable
@@ -18,7 +17,8 @@ from kernels.linear.weight import Weight
 from kernels.paged_attention import reference as paged_attention_reference
 from kernels.paged_attention.metadata import AttentionMetadata
 from kernels.rms_norm import reference as rms_norm_reference
-from kernels.rope import reference as rope_reference
+from kernels.rope_kv_write import reference as rope_reference
+from kernels.rope_kv_write.metadata import RopeMetadata
 from kernels.swiglu import reference as swiglu_reference
 
 TuneLinear = Callable[[Sequence[Weight], torch.dtype, int, Callable[[str], None]], ChoiceTable | None]
@@ -29,7 +29,8 @@ TuneLinear = Callable[[Sequence[Weight], torch.dtype, int, Callable[[str], None]
 class Kernels:
     """The operations of a step. Every field has the signature of its reference; ``name`` is for the start-up report.
 
-    What ``prepare_attention`` returns is opaque: it is made once a step and handed to ``paged_attention`` by every layer.
+    What ``prepare_attention`` and ``prepare_rope`` return is opaque: it is made once a step, and every layer hands it to
+    ``paged_attention`` or ``rope_kv_write``.
     ``tune_linear`` is called once, before the first step; what ``linear`` does is fixed from then on.
     """
 
@@ -37,9 +38,9 @@ class Kernels:
     linear: Callable[[Tensor, Weight, Tensor | None], Tensor]
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
-    rope: Callable[[Tensor, Tensor, Tensor], Tensor]
     swiglu: Callable[[Tensor], Tensor]
-    kv_write: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
+    prepare_rope: Callable[[RopeMetadata, int, int, torch.dtype], Any]
+    rope_kv_write: Callable[[Tensor, Tensor | None, float, Any, tuple[Tensor, Tensor] | None], tuple[Tensor, Tensor, Tensor]]
     prepare_attention: Callable[[AttentionMetadata, int, int, torch.dtype], Any]
     paged_attention: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Any, float], Tensor]
     tune_linear: TuneLinear
@@ -57,9 +58,9 @@ REFERENCE = Kernels(
     linear=linear_reference.linear,
     rms_norm=rms_norm_reference.rms_norm,
     add_rms_norm=rms_norm_reference.add_rms_norm,
-    rope=rope_reference.rope,
     swiglu=swiglu_reference.swiglu,
-    kv_write=kv_write_reference.kv_write,
+    prepare_rope=rope_reference.prepare,
+    rope_kv_write=rope_reference.rope_kv_write,
     prepare_attention=paged_attention_reference.prepare,
     paged_attention=paged_attention_reference.paged_attention,
     tune_linear=nothing_to_tune,
@@ -70,7 +71,7 @@ REFERENCE = Kernels(
 def select_kernels(choice: str, device: torch.device, dtype: torch.dtype, num_kv_heads: int) -> Kernels:
     """The implementations for a device. ``choice`` is ``auto``, ``reference`` or ``triton``.
 
-    ``auto`` is the reference, with packed linear layers on a CPU; the Triton attention has to be asked for until it is proven
+    ``auto`` is the reference, with packed linear layers on a CPU; the Triton kernels have to be asked for until they are proven
     on a GPU. Raises ValueError with what to do when Triton cannot serve the device or dtype.
     """
     if choice == "auto" and device.type == "cpu" and dtype == torch.float32 and packed_linear.is_available():
@@ -84,16 +85,30 @@ def select_kernels(choice: str, device: torch.device, dtype: torch.dtype, num_kv
     if dtype not in (torch.float16, torch.bfloat16):
         raise ValueError(f"the Triton kernels compute in float16 or bfloat16, not {dtype}: use --kernels reference")
     try:
-        from kernels.linear.tuned import TunedLinear
-        from kernels.paged_attention import triton
+        return triton_kernels(num_kv_heads)
     except ImportError as error:
         raise ValueError("Triton is not installed: install it or use --kernels reference") from error
+
+
+def triton_kernels(num_kv_heads: int) -> Kernels:
+    """Every operation that has a Triton kernel, the references for the rest. Raises ImportError without Triton."""
+    from kernels.linear.tuned import TunedLinear
+    from kernels.paged_attention import triton as paged_attention
+    from kernels.rms_norm import triton as rms_norm
+    from kernels.rope_kv_write import triton as rope_kv_write
+    from kernels.swiglu import triton as swiglu
+
     linear = TunedLinear()
     return replace(
         REFERENCE,
-        name="triton attention, linear layers by measurement, reference otherwise",
+        name="triton, linear layers by measurement",
         linear=linear,
         tune_linear=linear.tune,
-        prepare_attention=functools.partial(triton.prepare, num_kv_heads=num_kv_heads),
-        paged_attention=triton.paged_attention,
+        rms_norm=rms_norm.rms_norm,
+        add_rms_norm=rms_norm.add_rms_norm,
+        swiglu=swiglu.swiglu,
+        prepare_rope=rope_kv_write.prepare,
+        rope_kv_write=rope_kv_write.rope_kv_write,
+        prepare_attention=functools.partial(paged_attention.prepare, num_kv_heads=num_kv_heads),
+        paged_attention=paged_attention.paged_attention,
     )

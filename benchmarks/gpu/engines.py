@@ -105,9 +105,7 @@ def build_core(
     eos = model.config.eos_token_ids
     grammars = GrammarCompiler(tokenizer_loader(MODEL, eos, model.config.vocab_size), eos)
     core = assemble(config, model, max_model_len, SamplingDefaults(temperature=0.0), grammars, progress, capture)
-    cache: Any = core.runner.cache
-    layers = cache.layers if hasattr(cache, "layers") else [cache.keys, cache.values]
-    for tensor in (tensor for layer in layers for tensor in layer):
+    for tensor in (tensor for layer in core.runner.cache.layers for tensor in layer):
         tensor.normal_()
     return core
 

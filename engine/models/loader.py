@@ -20,7 +20,7 @@ from torch import Tensor
 
 from engine.config import ModelConfig, Quantization
 from engine.models.places import adapter_tensors, places
-from engine.models.transformer import DecoderLayer, Transformer
+from engine.models.transformer import Transformer
 from kernels.backend import REFERENCE, Kernels
 from kernels.linear.weight import FP8, Weight, quantize
 
@@ -256,7 +256,7 @@ def _check(stored: dict[str, _StoredTensor], places: Mapping[str, Weight], confi
 
 
 def _allocate(model: Transformer, device: torch.device) -> None:
-    """Move a model from the meta device to ``device``. Parameters are left uninitialised; buffers get their values."""
+    """Move a model from the meta device to ``device``. Its parameters are left uninitialised."""
     try:
         model.to_empty(device=device)
     except RuntimeError as error:
@@ -264,10 +264,6 @@ def _allocate(model: Transformer, device: torch.device) -> None:
         raise ModelLoadError(
             f"{size:.1f} GiB of weights cannot be allocated on {device}: free memory there, or use a smaller dtype or model"
         ) from error
-    for layer in model.layers:
-        assert isinstance(layer, DecoderLayer)
-        # The only values that the meta device forgot: which of the normalised heads are queries (0) and which keys (1).
-        layer.head_kind[: layer.num_heads], layer.head_kind[layer.num_heads :] = 0, 1
 
 
 def _fill(files: list[Path], places: Mapping[str, Weight], progress: Callable[[str], None]) -> None:

@@ -30,7 +30,7 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> tuple[Tensor, float]
 def rope_tables(
     rope: RopeConfig, head_dim: int, num_positions: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Return ``(cos, sin)``, both [num_positions, head_dim], the sine with the sign that ``kernels.rope`` expects."""
+    """Return ``(cos, sin)``, both [num_positions, head_dim], the sine with the sign that ``kernels.rope_kv_write`` expects."""
     frequencies, scale = inverse_frequencies(rope, head_dim)
     positions = torch.arange(num_positions, dtype=torch.float32)
     angles = torch.outer(positions, frequencies)

@@ -1,12 +1,13 @@
 """The one model definition: a decoder-only transformer with configuration switches.
 
 Shape suffixes: R rows of a step (tokens, flattened over requests), H query heads, G key/value heads, D head size,
-E hidden size, V vocabulary. The model knows neither requests nor caches: attention is handed in.
+E hidden size, V vocabulary. The model knows neither requests nor pages: attention and the caches' slots are handed in.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,22 +17,30 @@ from engine.config import ModelConfig
 from engine.models.rope import query_scale_table, rope_tables
 from kernels.backend import REFERENCE, Kernels
 from kernels.linear.weight import FP8, Weight, with_scale
+from kernels.rope_kv_write.metadata import RopeMetadata
 
 
 class Attention(Protocol):
-    """What a layer asks of its surroundings: mix the rows' values, and keep their keys and values if there is a cache."""
+    """What a layer asks of its surroundings: mix the rows' values."""
 
     def __call__(self, layer: int, q_RHD: Tensor, k_RGD: Tensor, v_RGD: Tensor) -> Tensor:
         """Return the attention output, [R, H, D]."""
         ...
 
 
-class _Rows(NamedTuple):
-    """What every layer has to know of the rows, made once a forward."""
+class CacheSlots(NamedTuple):
+    """Where the rows' keys and values are kept: every layer's pair of caches, and the slot of every row in all of them."""
 
-    cos_RD: Tensor
-    sin_RD: Tensor
-    query_scale_R11: Tensor | None
+    layers: Sequence[tuple[Tensor, Tensor]]
+    slots_R: Tensor
+    page_size: int
+
+
+class _Rows(NamedTuple):
+    """What every layer has to know of the rows, made once a forward. ``rope`` is opaque."""
+
+    rope: Any
+    cache: CacheSlots | None
     draft_rows: Tensor | None
     attention: Attention
 
@@ -43,16 +52,12 @@ class DecoderLayer(nn.Module):
         super().__init__()
         c, self.index, self.kernels = config, index, kernels
         self.num_heads, self.num_kv_heads, self.head_dim, self.eps = c.num_heads, c.num_kv_heads, c.head_dim, c.rms_norm_eps
-        self.num_rotated = c.num_heads + c.num_kv_heads
         heads = c.num_heads + 2 * c.num_kv_heads
         self.input_norm = nn.Parameter(torch.ones(c.hidden_size))
         self.qkv = nn.Parameter(torch.empty(heads * c.head_dim, c.hidden_size))
         self.qkv_bias = nn.Parameter(torch.zeros(heads * c.head_dim)) if c.qkv_bias else None
-        # Row 0 scales queries and row 1 keys; the index spreads them over heads, so that both are normalised together.
+        # Row 0 scales queries and row 1 keys.
         self.qk_norm = nn.Parameter(torch.ones(2, c.head_dim)) if c.qk_norm else None
-        self.head_kind: Tensor
-        head_kind = torch.tensor([0] * c.num_heads + [1] * c.num_kv_heads)
-        self.register_buffer("head_kind", head_kind, persistent=False)
         self.output = nn.Parameter(torch.empty(c.hidden_size, c.num_heads * c.head_dim))
         self.output_bias = nn.Parameter(torch.zeros(c.hidden_size)) if c.output_bias else None
         lora = c.tidar.draft_lora if c.tidar else None
@@ -109,13 +114,8 @@ class DecoderLayer(nn.Module):
     def _attend(self, x_RE: Tensor, rows: _Rows) -> Tensor:
         qkv = self.kernels.linear(x_RE, with_scale(self.qkv, self.qkv_scale), self.qkv_bias)
         qkv = qkv.view(len(x_RE), -1, self.head_dim)
-        qk, v_RGD = qkv[:, : self.num_rotated], qkv[:, self.num_rotated :]
-        if self.qk_norm is not None:
-            qk = F.rms_norm(qk, (self.head_dim,), None, self.eps) * self.qk_norm[self.head_kind]
-        qk = self.kernels.rope(qk, rows.cos_RD, rows.sin_RD)
-        q_RHD, k_RGD = qk[:, : self.num_heads], qk[:, self.num_heads :]
-        if rows.query_scale_R11 is not None:
-            q_RHD = q_RHD * rows.query_scale_R11
+        cache = None if rows.cache is None else rows.cache.layers[self.index]
+        q_RHD, k_RGD, v_RGD = self.kernels.rope_kv_write(qkv, self.qk_norm, self.eps, rows.rope, cache)
         return self._project(rows.attention(self.index, q_RHD, k_RGD, v_RGD).reshape(len(x_RE), -1), rows.draft_rows)
 
     def _project(self, mixed: Tensor, draft_rows: Tensor | None) -> Tensor:
@@ -154,24 +154,33 @@ class Transformer(nn.Module):
         self.query_scale = query_scale_table(rope, num_positions, dtype, device)
 
     def forward(
-        self, token_ids_R: Tensor, positions_R: Tensor, attention: Attention, draft_rows: Tensor | None = None
+        self,
+        token_ids_R: Tensor,
+        positions_R: Tensor,
+        attention: Attention,
+        draft_rows: Tensor | None = None,
+        cache: CacheSlots | None = None,
     ) -> Tensor:
         """Return the final hidden states [R, E] of rows with the given token ids and positions.
 
+        With a ``cache`` the rows' keys and values are kept there; training has none.
         ``draft_rows``, different indices into the rows, are the masks and the copies of anchors: a draft LoRA is on for
         them, and off for all others. None or empty: off, as it is without one.
         """
         x = F.embedding(token_ids_R, self.embedding)
         if draft_rows is not None and len(draft_rows) == 0:
             draft_rows = None
-        scale = None if self.query_scale is None else self.query_scale[positions_R].to(x.dtype)[:, None, None]
-        cos, sin = self.cos[positions_R].to(x.dtype), self.sin[positions_R].to(x.dtype)
-        rows = _Rows(cos, sin, scale, draft_rows, attention)
+        rows = _Rows(self._prepare_rope(positions_R, cache, x.dtype), cache, draft_rows, attention)
         residual: Tensor | None = None
         for layer in self.layers:
             x, residual = layer(x, residual, rows)
         assert residual is not None, "a transformer has at least one layer"
         return self.kernels.add_rms_norm(x, residual, self.norm, self.config.rms_norm_eps)[0]
+
+    def _prepare_rope(self, positions_R: Tensor, cache: CacheSlots | None, dtype: torch.dtype) -> Any:
+        slots_R, page_size = (None, 0) if cache is None else (cache.slots_R, cache.page_size)
+        metadata = RopeMetadata(self.cos, self.sin, self.query_scale, positions_R, slots_R, page_size)
+        return self.kernels.prepare_rope(metadata, self.config.num_heads, self.config.num_kv_heads, dtype)
 
     def make_room_for_fp8(self) -> None:
         """Put uninitialised e4m3 values and their scales in the place of every layer's large weights."""

@@ -13,6 +13,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Return ``(rms_norm(x + residual), x + residual)``: the sum is the next residual."""
+    """Return ``(rms_norm(x + residual), x + residual)``: the sum is the next residual.
+
+    A faster implementation may write the sum over ``residual``, so the caller goes on with the returned one.
+    """
     residual = torch.add(x, residual)
     return rms_norm(residual, weight, eps), residual

@@ -14,7 +14,8 @@ from benchmarks.gpu.record import Cell, Record
 from benchmarks.gpu.sections.base import Cells, Section, attempt, tabulate
 from engine.config import ModelConfig
 from engine.models.rope import rope_tables
-from kernels.backend import REFERENCE, Kernels
+from kernels.backend import Kernels
+from kernels.rope_kv_write.metadata import RopeMetadata
 
 ROWS = (1, 16, 72, 128, 256, 1024)
 CALLS = 24
@@ -36,19 +37,17 @@ def operations(bench: Bench, config: ModelConfig, rows: int) -> dict[str, Operat
 
     size, width, inner = bench.dtype.itemsize, config.hidden_size, config.intermediate_size
     x, residual, weight, gate_up = random(rows, width), random(rows, width), random(width), random(rows, 2 * inner)
-    found = {
+    return {
         "rms_norm": Operation(lambda ops: lambda i: ops.rms_norm(x, weight, 1e-6), size * (2 * rows + 1) * width),
         "add_rms_norm": Operation(
             lambda ops: lambda i: ops.add_rms_norm(x, residual, weight, 1e-6), size * (4 * rows + 1) * width
         ),
         "swiglu": Operation(lambda ops: lambda i: ops.swiglu(gate_up), size * 3 * rows * inner),
+        "rope_kv_write": _rope_kv_write(bench, config, rows),
     }
-    return found | ({"rope_kv_write": _rope_kv_write(bench, config, rows)} if hasattr(REFERENCE, "rope_kv_write") else {})
 
 
 def _rope_kv_write(bench: Bench, config: ModelConfig, rows: int) -> Operation:
-    from kernels.rope_kv_write.metadata import RopeMetadata
-
     heads, groups, dim = config.num_heads, config.num_kv_heads, config.head_dim
     options = {"dtype": bench.dtype, "device": bench.device}
     qkv, qk_norm = torch.randn(rows, heads + 2 * groups, dim, **options), torch.randn(2, dim, **options)
