@@ -21,7 +21,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--out", type=Path, required=True, metavar="DIR", help="where records and report are; a run goes on there"
     )
     parser.add_argument(
-        "--section", nargs="+", default=[], metavar="NAME", help="only these sections or parts (step, step.8b.triton)"
+        "--section",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="only these sections or parts (step, step.8b.triton); report: none, but the report",
     )
     parser.add_argument("--model", nargs="+", choices=[*MODELS], default=[*MODELS], help="only these models (default: all)")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no part that might end later than this")
@@ -38,12 +42,15 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     """Run parts, then report; the exit status is 1 where a part failed."""
     options = parse(arguments)
-    parts = all_parts(options.model, [options.part] if options.part else options.section)
+    try:
+        parts = all_parts(options.model, [options.part] if options.part else options.section)
+    except ValueError as error:
+        raise SystemExit(str(error)) from error
     if options.list:
         for part in parts:
             print(f"{part.name:32} {part.section.seconds:4.0f} s  {part.section.answers}")
         return 0
-    if not options.dry_run and not torch.cuda.is_available():
+    if parts and not options.dry_run and not torch.cuda.is_available():
         raise SystemExit("torch finds no CUDA GPU: --dry-run runs everything tiny on the CPU")
     bench = Bench(options.out, options.dry_run, options.peers)
     record.unbundle(options.out)
@@ -51,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
         return int(run_part(bench, parts[0]).status == "failed")
     if options.retry:
         for name, found in record.read_all(options.out).items():
-            if found.status in ("failed", "running"):
+            if found.status == "failed":
                 record.path_of(options.out, name).unlink()
     left = run_all(bench, parts, options.minutes, None if options.dry_run else _child_arguments(options))
     record.bundle(options.out)

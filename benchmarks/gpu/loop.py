@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+
+from torch.profiler import ProfilerActivity, profile
 
 from engine.core import EngineCore
 from engine.messages import EngineStats, GenerateRequest
@@ -63,9 +65,17 @@ def make_requests(
 
 
 def decode_window(
-    core: EngineCore, requests: Sequence[GenerateRequest], warm_up_steps: int, tokens_each: int, max_seconds: float
+    core: EngineCore,
+    requests: Sequence[GenerateRequest],
+    warm_up_steps: int,
+    tokens_each: int,
+    max_seconds: float,
+    watch: Callable[[EngineCore], None] = lambda core: None,
 ) -> Window:
-    """Run requests until all of them decode and have warmed up; then measure until each has ``tokens_each`` more on average."""
+    """Run requests until all of them decode and have warmed up; then measure until each has ``tokens_each`` more on average.
+
+    ``watch`` may step on behind that, before the requests are dropped.
+    """
     for request in requests:
         core.add(request)
     waiting = {request.request_id for request in requests}
@@ -78,6 +88,7 @@ def decode_window(
     while (after := core.scheduler.stats()).generation_tokens < wanted and time.perf_counter() - begun < max_seconds:
         core.step()
     seconds = time.perf_counter() - begun
+    watch(core)
     for request in requests:
         core.abort(request.request_id)
     drain(core)
@@ -86,10 +97,20 @@ def decode_window(
 
 def drain(core: EngineCore) -> int:
     """Step until nothing is left; the number of tokens that came."""
-    tokens = 0
+    before = core.scheduler.stats().generation_tokens
     while core.has_work:
-        tokens += sum(len(output.token_ids) for output in core.step().outputs)
-    return tokens
+        core.step()
+    return core.scheduler.stats().generation_tokens - before
+
+
+def device_ms(core: EngineCore, num_steps: int, on_gpu: bool) -> float:
+    """Milliseconds a step in which a kernel runs on the device (on a CPU: an operation); the rest of a step it is idle."""
+    activity = ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU
+    time_of = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+    with profile(activities=[activity]) as profiler:
+        for _ in range(num_steps):
+            core.step()
+    return float(sum(getattr(event, time_of) for event in profiler.key_averages())) / 1000 / num_steps
 
 
 def _difference(before: EngineStats, after: EngineStats) -> dict[str, float]:

@@ -1,7 +1,8 @@
 """Runs parts one after the other, each in a process of its own, and keeps what they find.
 
 A process of its own: a kernel that breaks the device's context, or hangs, takes only its part along, and memory is free again
-afterwards. A part whose file exists is skipped, so that a run goes on where the last one stopped.
+afterwards. A part whose file exists is skipped, so that a run goes on where the last one stopped; one that was under
+way then is begun anew.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ from benchmarks.gpu.sections.base import Section
 from benchmarks.gpu.sections.checks import warnings
 
 ROOT = Path(__file__).parents[2]
+REPORT = "report"
+"""Named as a section, it runs nothing, and the report is written all the same."""
+
 GRACE_SECONDS = 90.0
 """For imports, a model's weights and one cell under way, beyond a part's own time."""
 
@@ -44,7 +48,7 @@ class Part:
 def all_parts(models: Sequence[str], names: Sequence[str] = ()) -> list[Part]:
     """The parts to run, in order; ``names`` are those of sections or of parts, none: all. Raises ValueError for others."""
     parts = [Part(section, part) for section in SECTIONS for part in section.parts(list(models))]
-    unknown = set(names) - {part.name for part in parts} - {part.section.name for part in parts}
+    unknown = set(names) - {part.name for part in parts} - {part.section.name for part in parts} - {REPORT}
     if unknown:
         raise ValueError(f"unknown sections {sorted(unknown)}: use {', '.join(s.name for s in SECTIONS)} or a part of one")
     return [part for part in parts if not names or part.name in names or part.section.name in names]
@@ -100,7 +104,8 @@ def run_all(bench: Bench, parts: Sequence[Part], minutes: float, arguments: Sequ
     begun, left = time.perf_counter(), []
     for part in parts:
         spent = time.perf_counter() - begun
-        if record.read(bench.out, part.name) is not None:
+        found = record.read(bench.out, part.name)
+        if found is not None and found.status != "running":  # that of a run which was broken off is begun anew
             print(f"{part.name}: there already", flush=True)
             continue
         if spent + part.section.seconds > 60 * minutes:

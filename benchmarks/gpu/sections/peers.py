@@ -28,7 +28,7 @@ PROGRAMS = {
     "mini_sglang": mini_sglang.measure,
     "continuous_batching": continuous_batching.measure,
 }
-SECONDS = 240.0
+SECONDS = 300.0
 
 
 def run(bench: Bench, part: str) -> Cells:

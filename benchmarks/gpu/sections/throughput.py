@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.engines import PAGE, Limits, build_core, engine_config
-from benchmarks.gpu.loop import Window, decode_window, drain, make_requests, together
+from benchmarks.gpu.loop import Window, decode_window, device_ms, drain, make_requests, together
 from benchmarks.gpu.random_model import random_model
 from benchmarks.gpu.record import Cell, Record
 from benchmarks.gpu.sections.base import Cells, Section, attempt, tabulate
@@ -138,15 +138,23 @@ def _measure(bench: Bench, core: EngineCore, name: str, batch: int, chance: floa
     _capture(core, batch, mode)
     replays = core.graphs.num_replays if core.graphs is not None else 0
     steps = core.scheduler.stats().num_steps
-    windows = []
+    windows: list[Window] = []
+    busy: list[float] = []
+
+    def watch(core: EngineCore) -> None:
+        if not busy and (not bench.is_dry or name == "ar"):
+            busy.append(device_ms(core, bench.size(10, 1), not bench.is_dry))
+
     for seed in range(ROUNDS.get(batch, 1) if not bench.is_dry else 1):
         requests = make_requests(batch, bench.size(1024, 70), bench.size(2048, 64), mode, seed)
         warm_up = bench.size(96 if mode is DecodingMode.AUTO and seed == 0 else 16, 4)
-        windows.append(decode_window(core, requests, warm_up, bench.size(TOKENS_EACH.get(batch, 128), 8), MAX_CELL_SECONDS))
+        tokens = bench.size(TOKENS_EACH.get(batch, 128), 8)
+        windows.append(decode_window(core, requests, warm_up, tokens, MAX_CELL_SECONDS, watch))
     window = together(windows)
     all_steps = max(1, core.scheduler.stats().num_steps - steps)
     replayed = (core.graphs.num_replays - replays) / all_steps if core.graphs is not None else 0.0
-    return _figures(window, shape, chance) | {"replayed": replayed}
+    figures = _figures(window, shape, chance) | {"replayed": replayed}
+    return figures | ({"device_ms": busy[0], "idle_ms": max(0.0, figures["wall_ms"] - busy[0])} if busy else {})
 
 
 def _capture(core: EngineCore, batch: int, mode: DecodingMode) -> None:
@@ -210,10 +218,21 @@ def over_ar(records: list[Record]) -> list[Record]:
 
 def show(records: list[Record]) -> str:
     """Tokens per second, over ``ar``, and where the time of a step goes."""
-    columns = (("batch", "batch", "d"), ("depth", "depth", "d"), ("name", "name", ""), ("tokens/s", "tokens_per_second", ".0f"),
-               ("x ar", "over_ar", ".2f"), ("expected/s", "expected_tokens_per_second", ".0f"),
-               ("tokens/forward", "tokens_per_forward", ".2f"), ("wall ms", "wall_ms", ".3f"), ("host ms", "host_ms", ".3f"),
-               ("replayed", "replayed", ".2f"), ("/ roofline", "of_roofline", ".2f"), ("chosen", "chosen", ""))  # fmt: skip
+    columns = (
+        ("batch", "batch", "d"),
+        ("depth", "depth", "d"),
+        ("name", "name", ""),
+        ("tokens/s", "tokens_per_second", ".0f"),
+        ("x ar", "over_ar", ".2f"),
+        ("expected/s", "expected_tokens_per_second", ".0f"),
+        ("tokens/forward", "tokens_per_forward", ".2f"),
+        ("wall ms", "wall_ms", ".3f"),
+        ("device ms", "device_ms", ".3f"),
+        ("host ms", "host_ms", ".3f"),
+        ("replayed", "replayed", ".2f"),
+        ("/ roofline", "of_roofline", ".2f"),
+        ("chosen", "chosen", ""),
+    )
     return tabulate(over_ar(records), columns)
 
 

@@ -72,7 +72,7 @@ SECTION = Section(
     "how fast are the attention kernels that others wrote, at the same sizes?",
     run,
     show,
-    150.0,
+    300.0,
     per_model=True,
     kinds=tuple(YARDSTICKS),
 )

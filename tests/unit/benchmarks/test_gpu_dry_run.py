@@ -64,6 +64,7 @@ def test_every_section_runs_and_is_reported(tmp_path, capsys, few_checks):
         assert found.warnings == [], name
         assert found.machine["torch"] == torch.__version__, name
         assert found.machine["commit"], name
+    assert [cell["is_equal"] for cell in records["start.8b"].cells if "is_equal" in cell] == [True]
     report = (out / "report.txt").read_text()
     assert capsys.readouterr().out.endswith(report)
     assert [line for line in report.splitlines() if line.startswith("# ")] == [
@@ -84,10 +85,27 @@ def test_a_run_goes_on_from_one_file(tmp_path, few_checks, capsys):
     assert dry_run(second, "--section", "machine", "elementwise") == 0
     out = capsys.readouterr().out
     assert "machine: there already" in out
+    assert "no time was left" not in out
     assert "elementwise.8b: done" in out
     assert {*record.read_all(second)} == {"machine", "gemm.8b", "elementwise.8b"}
     assert record.read(second, "machine") == record.read(first, "machine")
     assert {*json.loads((second / record.ALL).read_text())["parts"]} == {"machine", "gemm.8b", "elementwise.8b"}
+    (second / "report.txt").unlink()
+    assert dry_run(second, "--section", "report") == 0
+    assert (second / "report.txt").exists()
+
+
+def test_a_part_that_was_under_way_when_a_run_broke_off_is_begun_anew(tmp_path):
+    record.write(tmp_path, Record("machine", "", cells=[{"figure": 1}]))
+    assert dry_run(tmp_path, "--section", "machine") == 0
+    found = record.read(tmp_path, "machine")
+    assert found.status == "done"
+    assert {"figure": 1} not in found.cells
+
+
+def test_an_unknown_section_is_refused(tmp_path):
+    with pytest.raises(SystemExit, match=r"unknown sections \['atention'\]: use checks, "):
+        dry_run(tmp_path, "--section", "atention")
 
 
 def test_red_checks_are_told_with_every_speed(tmp_path, few_checks):
