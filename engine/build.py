@@ -109,7 +109,8 @@ def assemble(
         _capture(graphs, plans_of(table.values(), is_auto), needs, limits.max_num_batched_tokens, progress)
     if is_auto and isinstance(configured, Drafting):
         progress("timing draft plans")
-        timer = step_timer(functools.partial(launch, decoder=decoder, runner=runner, graphs=graphs), decoder, max_drafts)
+        start_step = functools.partial(launch, decoder=decoder, runner=runner, graphs=graphs)
+        timer = step_timer(start_step, decoder, max_drafts, num_pages)
         limit = (limits.max_num_seqs, limits.max_num_batched_tokens, max_model_len - 1)
         keep = functools.partial(cached_costs, _cost_folder(config, device), _cost_key(config, model, graphs is not None))
         table[DecodingMode.AUTO] = follow_goodput(configured, timer, graphs, *limit, keep)

@@ -1,7 +1,8 @@
 """What a step costs on this machine: timed on the real path, with requests that do not exist.
 
-Every step lays out, runs and judges rows whose K/V goes to the null page. It is bounded in time: shapes are timed from the
-cheapest on, and those that no time is left for are extrapolated by the table.
+Every step lays out, runs and judges the rows of requests that have pages of their own: many requests that all read one page
+would find it in a GPU's L2 cache, and cached tokens would look cheaper than they are. It is bounded in time: shapes are timed
+from the cheapest on, and those that no time is left for are extrapolated by the table.
 """
 
 from __future__ import annotations
@@ -29,13 +30,19 @@ StepTimer = Callable[[int, DraftPlan, int], float]
 """Seconds of a step of so many requests that all have one plan and so many tokens in the cache."""
 
 
-def step_timer(launch: Launch, decoder: TidarDecoder, block_length: int) -> StepTimer:
-    """Times steps of an engine that serves nobody yet. Its slots are written; a later admission resets them."""
+def step_timer(launch: Launch, decoder: TidarDecoder, block_length: int, num_pages: int) -> StepTimer:
+    """Times steps of an engine that serves nobody yet. Its slots and pages are written; a later admission resets them.
+
+    ``num_pages``: those of the cache, the null page included. Where they do not suffice, requests have some in common.
+    """
     sampling = SamplingParams(1 << 20, temperature=0.0)
+    page_size, most = decoder.rows.page_size, decoder.batch.block_table_SP.shape[1]
 
     def timed(num_requests: int, plan: DraftPlan, context: int) -> float:
         admissions = tuple(Admission(i, context, (0,), (), DecodingMode.TIDAR, sampling) for i in range(num_requests))
-        admit = StepPlan.of(0, (), admissions)
+        each = min(most, -(-(context + block_length) // page_size))
+        pages = ((i, j, 1 + (i * each + j) % (num_pages - 1)) for i in range(num_requests) for j in range(each))
+        admit = StepPlan.of(0, (), admissions, pages)
         step = StepPlan.of(0, [ScheduledRequest(i, (), plan, context) for i in range(num_requests)])
         seconds = []
         for _ in range(REPEATS):
