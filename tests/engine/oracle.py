@@ -10,16 +10,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from llguidance import LLMatcher, LLTokenizer
 from torch import Tensor
 
 from engine.messages import FinishReason, GenerateRequest, GrammarSpec, TokenLogprobs
 from engine.models.transformer import Transformer
 from engine.sampling_params import SamplingParams
 from kernels.philox.reference import gumbel
-from tests.engine.vocabulary import llg_tokenizer
+
+if TYPE_CHECKING:
+    from llguidance import LLTokenizer
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,8 @@ def allowed_tokens(
         if thinking.end not in rest:
             return everything - eos
         rest = rest[rest.index(thinking.end) + 1 :]
+    from llguidance import LLMatcher
+
     matcher = LLMatcher(tokenizer, spec.source)
     for token in rest:
         assert matcher.consume_token(token), f"{output} does not follow the grammar"
@@ -151,7 +155,14 @@ def context_of(
     return Context(list(request.prompt_token_ids), output, eos, mask, allowed)
 
 
-def decode(model: Transformer, request: GenerateRequest, load_tokenizer: Callable[[], LLTokenizer] = llg_tokenizer) -> Answer:
+def tiny_tokenizer() -> LLTokenizer:
+    """That of the tiny models. Its library is imported with the first grammar: tests without one need no such library."""
+    from tests.engine.vocabulary import llg_tokenizer
+
+    return llg_tokenizer()
+
+
+def decode(model: Transformer, request: GenerateRequest, load_tokenizer: Callable[[], LLTokenizer] = tiny_tokenizer) -> Answer:
     """Run one request, one token a forward. The tokenizer is the one that its grammar is for."""
     sampling, prompt, config = request.sampling, list(request.prompt_token_ids), model.config
     eos = set(config.eos_token_ids)
