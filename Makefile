@@ -17,12 +17,15 @@ serve: $(VENV)/.installed
 chat: $(VENV)/.installed
 	exec $(BIN)/tidar chat --url http://$(HOST):$(PORT) $(ARGS)
 
+# A process for each core, each computing on one thread: torch's threads would wait for each other.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
+
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 # Format, lint, types and the fast tests.
 check: lint
-	$(BIN)/python -m pytest tests/unit tests/rules tests/server
+	$(PYTEST) tests/unit tests/rules tests/server
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
