@@ -88,7 +88,7 @@ def assemble(
     num_pages = _num_pages(config, model_config, max_model_len, dtype, device)
     progress(f"allocating {num_pages} KV pages of {page_size} tokens")
     model.build_rope(num_positions)
-    choices = model.kernels.tune_linear(model.linear_weights(), dtype, limits.max_num_batched_tokens, progress)
+    choices = model.kernels.prepare_linear(model.linear_weights(), dtype, limits.max_num_batched_tokens, progress)
     runner = ModelRunner(model, KVCache(model_config, num_pages, page_size, dtype, device))
     max_drafts = block_length or 1
     batch = InputBatch(limits.max_num_seqs, max_drafts, pages_per_sequence, model_config.vocab_size, device)

@@ -21,8 +21,9 @@ from kernels.rope_kv_write import reference as rope_reference
 from kernels.rope_kv_write.metadata import RopeMetadata
 from kernels.swiglu import reference as swiglu_reference
 
-TuneLinear = Callable[[Sequence[Weight], torch.dtype, int, Callable[[str], None]], ChoiceTable | None]
-"""Chooses implementations for the model's weights, the type of its rows and the most rows of a step; reports progress."""
+PrepareLinear = Callable[[Sequence[Weight], torch.dtype, int, Callable[[str], None]], ChoiceTable | None]
+"""Chooses implementations for the model's weights, the type of its rows and the most rows of a step, or checks the one that
+there is; reports progress. Raises ValueError when they do not keep their promise on this machine."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +32,7 @@ class Kernels:
 
     What ``prepare_attention`` and ``prepare_rope`` return is opaque: it is made once a step, and every layer hands it to
     ``paged_attention`` or ``rope_kv_write``.
-    ``tune_linear`` is called once, before the first step; what ``linear`` does is fixed from then on.
+    ``prepare_linear`` is called once, before the first step; what ``linear`` does is fixed from then on.
     """
 
     name: str
@@ -43,10 +44,10 @@ class Kernels:
     rope_kv_write: Callable[[Tensor, Tensor | None, float, Any, tuple[Tensor, Tensor] | None], tuple[Tensor, Tensor, Tensor]]
     prepare_attention: Callable[[AttentionMetadata, int, int, torch.dtype], Any]
     paged_attention: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Any, float], Tensor]
-    tune_linear: TuneLinear
+    prepare_linear: PrepareLinear
 
 
-def nothing_to_tune(
+def nothing_to_prepare(
     weights: Sequence[Weight], dtype: torch.dtype, max_rows: int, progress: Callable[[str], None]
 ) -> ChoiceTable | None:
     """Of linear layers that have one implementation for all shapes."""
@@ -63,7 +64,7 @@ REFERENCE = Kernels(
     rope_kv_write=rope_reference.rope_kv_write,
     prepare_attention=paged_attention_reference.prepare,
     paged_attention=paged_attention_reference.paged_attention,
-    tune_linear=nothing_to_tune,
+    prepare_linear=nothing_to_prepare,
 )
 """Plain torch on any device, with gradients: training uses it, too."""
 
@@ -103,7 +104,7 @@ def triton_kernels(num_kv_heads: int) -> Kernels:
         REFERENCE,
         name="triton, linear layers by measurement",
         linear=linear,
-        tune_linear=linear.tune,
+        prepare_linear=linear.tune,
         rms_norm=rms_norm.rms_norm,
         add_rms_norm=rms_norm.add_rms_norm,
         swiglu=swiglu.swiglu,

@@ -74,6 +74,14 @@ class LayerShape:
         return tuple(rows for before, rows in zip((0, *buckets), buckets, strict=False) if before < max_rows)
 
 
+def invariant_tile(width_out: int) -> Tile:
+    """The one tile of a weight where the bits of a row must not depend on how many there are: a compromise for all row counts.
+
+    Weights with few outputs are split, to fill a device; the choice depends on nothing else.
+    """
+    return Tile(64, 64, 128, split_k=4 if width_out <= 8192 else 1, num_warps=4, num_stages=4)
+
+
 @dataclass(frozen=True, slots=True)
 class Measurement:
     """One cell: seconds of a call by the library and by the best tile, infinite if none ran. ``tile`` None: the library won."""

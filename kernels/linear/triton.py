@@ -11,18 +11,21 @@ A step has 1 to about 256 rows, and its time is that of streaming the weights. T
   streamed. e4m3 values are exact in 16 bits, and the scales multiply the finished float32 sum, so nothing is rounded twice.
 
 A row's bits depend on its own values, the weight and the ``Tile`` alone: where in a tile it lies and what its neighbours hold
-does not matter (``kernels/backend.py`` uses that for batch invariance). Data types: float16, bfloat16, and float32 in full
+does not matter. ``invariant_linear`` makes use of that. Data types: float16, bfloat16, and float32 in full
 precision (for tests).
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.linear.choice import Tile
+from kernels.linear import invariant
+from kernels.linear.choice import Tile, invariant_tile
 from kernels.linear.weight import QuantizedWeight, Weight
 
 _MERGE_COLUMNS = 512
@@ -72,6 +75,20 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None = None, *, tile: Tile)
             out, sums, scale, bias, num_rows, width_out, SPLIT_K=tile.split_k, BLOCK=_MERGE_COLUMNS, num_warps=4
         )
     return out
+
+
+def invariant_linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
+    """``linear`` by a tile that depends on the weight's shape alone, so that a row's bits do not depend on the other rows."""
+    return linear(x, weight, bias, tile=invariant_tile(weight.shape[0]))
+
+
+def check_invariant(weights: Sequence[Weight], dtype: torch.dtype, max_rows: int, progress: Callable[[str], None]) -> None:
+    """Raise ValueError where this device does not keep the promise for the model's weights, or cannot widen them."""
+    progress("checking that linear layers are batch-invariant")
+    is_quantized = any(isinstance(weight, QuantizedWeight) for weight in weights)
+    if is_quantized and torch.cuda.get_device_capability(weights[0].device) < (8, 9):
+        raise ValueError("batch-invariant eight-bit weights need a GPU of compute capability 8.9: leave one of the two out")
+    invariant.check(invariant_linear, weights, dtype, invariant_tile(0).block_m)
 
 
 @triton.jit
