@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from engine.config import DecodeConfig, DraftAnchor, EngineConfig, ModelConfig, Quantization
+from engine.config import ConfigError, DecodeConfig, DraftAnchor, EngineConfig, ModelConfig, Quantization
 from engine.core import EngineCore, launch
 from engine.cuda_graphs import Capture, CudaCapture, StepGraphs
 from engine.decode.cost_cache import cached_costs
@@ -22,6 +22,17 @@ from engine.grammar import GrammarCompiler, tokenizer_loader
 from engine.input_batch import InputBatch, SamplingNeeds
 from engine.kv_cache import KVCache, page_bytes
 from engine.kv_cache_manager import KVCacheManager
+from engine.memory import (
+    CudaMemory,
+    DeviceMemory,
+    GpuBudget,
+    PageNeeds,
+    largest_steps,
+    measure_budget,
+    pages_on_cpu,
+    pages_on_gpu,
+    run_steps,
+)
 from engine.messages import EngineInfo, SamplingDefaults
 from engine.model_runner import ModelRunner
 from engine.models.hf_config import read_model_config, read_sampling_defaults
@@ -33,10 +44,7 @@ from engine.scheduler import Scheduler
 from engine.step import DraftPlan
 from engine.warm_up import capture_steps, follow_goodput, plans_of
 from kernels.backend import select_kernels
-
-
-class ConfigError(Exception):
-    """The configuration cannot work; the message is one line that says what to change."""
+from kernels.linear.choice import ChoiceTable
 
 
 def build_engine_core(config: EngineConfig, progress: Callable[[str], None] = lambda message: None) -> EngineCore:
@@ -64,7 +72,8 @@ def build_engine_core(config: EngineConfig, progress: Callable[[str], None] = la
     eos, tokenizer = model_config.eos_token_ids, Path(config.tokenizer or folder)
     grammars = GrammarCompiler(tokenizer_loader(tokenizer, eos, model_config.vocab_size), eos)
     capture = CudaCapture(device) if device.type == "cuda" and not config.enforce_eager else None
-    return assemble(config, model, max_model_len, read_sampling_defaults(folder), grammars, progress, capture)
+    memory = CudaMemory(device) if device.type == "cuda" else None
+    return assemble(config, model, max_model_len, read_sampling_defaults(folder), grammars, progress, capture, memory)
 
 
 def assemble(
@@ -75,78 +84,138 @@ def assemble(
     grammars: GrammarCompiler,
     progress: Callable[[str], None] = lambda message: None,
     capture: Capture | None = None,
+    memory: DeviceMemory | None = None,
 ) -> EngineCore:
-    """Put an engine around a loaded model; tests start here. With a ``capture`` its decode steps are recorded and replayed."""
-    model_config, tidar = model.config, model.config.tidar
-    device, dtype = model.embedding.device, model.embedding.dtype
-    block_length = _block_length(config, model_config)
-    page_size, limits = config.cache.page_size, config.scheduler
+    """Put an engine around a loaded model; tests start here. With a ``capture`` its decode steps are recorded and replayed.
+
+    ``memory``: what the pages have to fit into; None: a CPU's, of which they take a fixed share.
+    """
+    block_length, limits = _block_length(config, model.config), config.scheduler
     _check(config, block_length)
     # Masks of the last block stand beyond the last position that a token can take.
     num_positions = max_model_len + 2 * (block_length or 1)
-    pages_per_sequence = -(-num_positions // page_size)
-    num_pages = _num_pages(config, model_config, max_model_len, dtype, device)
-    progress(f"allocating {num_pages} KV pages of {page_size} tokens")
     model.build_rope(num_positions)
-    choices = model.kernels.prepare_linear(model.linear_weights(), dtype, limits.max_num_batched_tokens, progress)
-    runner = ModelRunner(model, KVCache(model_config, num_pages, page_size, dtype, device))
-    max_drafts = block_length or 1
-    batch = InputBatch(limits.max_num_seqs, max_drafts, pages_per_sequence, model_config.vocab_size, device)
-    decode = config.decode
-    settings = DecoderSettings(
-        decode.trust_ar, decode.draft_temperature, decode.diffusion_threshold, decode.synthetic_acceptance
-    )
-    decoder = TidarDecoder(batch, page_size, tidar.mask_token_id if tidar else None, settings)
-    kv = KVCacheManager(PagePool(num_pages), page_size, config.cache.enable_prefix_caching)
+    choices = _prepare_linear(model, limits.max_num_batched_tokens, progress)
+    decoder = _decoder(config, model, block_length, num_positions)
+    tidar = model.config.tidar
     has_anchor = tidar is not None and tidar.anchor is DraftAnchor.COPY
-    table = policies(decode, block_length, limits.max_num_batched_tokens, has_anchor)
-    configured = table[DecodingMode.AUTO]
-    graphs = StepGraphs(decoder, runner, capture, max_model_len) if capture is not None else None
+    table = policies(config.decode, block_length, limits.max_num_batched_tokens, has_anchor)
     # Below 1, trust_ar makes the output depend on the plan: then auto stays with one.
-    is_auto = decode.mode is DecodingMode.AUTO and decode.trust_ar == 1.0
-    if graphs is not None:
-        needs = SamplingNeeds.of([SamplingParams(1, **asdict(defaults))])
-        _capture(graphs, plans_of(table.values(), is_auto), needs, limits.max_num_batched_tokens, progress)
+    is_auto = config.decode.mode is DecodingMode.AUTO and config.decode.trust_ar == 1.0
+    plans = plans_of(table.values(), is_auto)
+    budget = None
+    if memory is not None:
+        progress("running the largest step")
+        budget = _budget(config, model, decoder, plans, max_model_len, memory, capture is not None)
+    kv, runner = _pages(config, model, max_model_len, budget, progress)
+    graphs = None
+    if capture is not None:
+        graphs = StepGraphs(decoder, runner, capture, max_model_len)
+        _capture(graphs, plans, defaults, limits.max_num_batched_tokens, progress)
+    configured = table[DecodingMode.AUTO]
     if is_auto and isinstance(configured, Drafting):
         progress("timing draft plans")
-        start_step = functools.partial(launch, decoder=decoder, runner=runner, graphs=graphs)
-        timer = step_timer(start_step, decoder, max_drafts, num_pages)
+        start = functools.partial(launch, decoder=decoder, runner=runner, graphs=graphs)
+        timer = step_timer(start, decoder, configured.block_length, kv.pool.num_pages)
         limit = (limits.max_num_seqs, limits.max_num_batched_tokens, max_model_len - 1)
-        keep = functools.partial(cached_costs, _cost_folder(config, device), _cost_key(config, model, graphs is not None))
+        keep = functools.partial(
+            cached_costs, _cost_folder(config, decoder.batch.device), _cost_key(config, model, graphs is not None)
+        )
         table[DecodingMode.AUTO] = follow_goodput(configured, timer, graphs, *limit, keep)
-    scheduler = Scheduler(limits, kv, table, model_config.eos_token_ids, max_model_len)
-    depth = int(device.type == "cuda") if limits.async_depth is None else limits.async_depth
+    scheduler = Scheduler(limits, kv, table, model.config.eos_token_ids, max_model_len)
+    depth = int(decoder.batch.device.type == "cuda") if limits.async_depth is None else limits.async_depth
+    settings = {
+        "kernels": model.kernels.name,
+        "auto": str(table[DecodingMode.AUTO]),
+        "threads": str(torch.get_num_threads()),
+        "loop depth": str(depth),
+        "captured steps": str(graphs.num_captured) if graphs is not None else "none",
+        **({} if budget is None else {"memory": str(budget)}),
+        **({} if model.config.quantization is Quantization.NONE else {"weights": "fp8 (e4m3)"}),
+        **({} if choices is None else {"linear layers": str(choices)}),
+    }
     info = EngineInfo(
-        architecture=model_config.architecture,
+        architecture=model.config.architecture,
         num_parameters=sum(p.numel() for p in model.parameters()),
-        vocab_size=model_config.vocab_size,
+        vocab_size=model.config.vocab_size,
         max_model_len=max_model_len,
-        eos_token_ids=model_config.eos_token_ids,
+        eos_token_ids=model.config.eos_token_ids,
         block_length=block_length,
         mask_token_id=tidar.mask_token_id if tidar else None,
         supported_modes=tuple(table),
         default_mode=default_mode(config.decode, block_length),
-        num_pages=num_pages,
-        page_size=page_size,
-        dtype=str(dtype).removeprefix("torch."),
-        device=str(device),
+        num_pages=kv.pool.num_pages,
+        page_size=config.cache.page_size,
+        dtype=str(model.embedding.dtype).removeprefix("torch."),
+        device=str(model.embedding.device),
         sampling_defaults=defaults,
-        settings={
-            "kernels": model.kernels.name,
-            "auto": str(table[DecodingMode.AUTO]),
-            "threads": str(torch.get_num_threads()),
-            "loop depth": str(depth),
-            "captured steps": str(graphs.num_captured) if graphs is not None else "none",
-            **({} if model_config.quantization is Quantization.NONE else {"weights": "fp8 (e4m3)"}),
-            **({} if choices is None else {"linear layers": str(choices)}),
-        },
+        settings=settings,
     )
     return EngineCore(scheduler, decoder, runner, grammars, info, depth, graphs)
 
 
+def _decoder(config: EngineConfig, model: Transformer, block_length: int | None, num_positions: int) -> TidarDecoder:
+    """The decoder, and with it the device state of the requests."""
+    decode, page_size, tidar = config.decode, config.cache.page_size, model.config.tidar
+    pages_per_sequence = -(-num_positions // page_size)
+    slots, device = config.scheduler.max_num_seqs, model.embedding.device
+    batch = InputBatch(slots, block_length or 1, pages_per_sequence, model.config.vocab_size, device)
+    settings = DecoderSettings(
+        decode.trust_ar, decode.draft_temperature, decode.diffusion_threshold, decode.synthetic_acceptance
+    )
+    return TidarDecoder(batch, page_size, tidar.mask_token_id if tidar else None, settings)
+
+
+def _pages(
+    config: EngineConfig,
+    model: Transformer,
+    max_model_len: int,
+    budget: GpuBudget | None,
+    progress: Callable[[str], None],
+) -> tuple[KVCacheManager, ModelRunner]:
+    """The pages, as many as there is room for, and who owns them."""
+    cache, weight = config.cache, model.embedding
+    needs = PageNeeds.of(cache, page_bytes(model.config, cache.page_size, weight.dtype), max_model_len)
+    num_pages = pages_on_cpu(needs, config.scheduler) if budget is None else pages_on_gpu(needs, budget)
+    size = num_pages * needs.page_bytes / 2**30
+    progress(f"allocating {num_pages} KV pages of {cache.page_size} tokens, {size:.2f} GiB")
+    tensors = KVCache(model.config, num_pages, cache.page_size, weight.dtype, weight.device)
+    kv = KVCacheManager(PagePool(num_pages), cache.page_size, cache.enable_prefix_caching)
+    return kv, ModelRunner(model, tensors)
+
+
+def _prepare_linear(model: Transformer, max_rows: int, progress: Callable[[str], None]) -> ChoiceTable | None:
+    try:
+        return model.kernels.prepare_linear(model.linear_weights(), model.embedding.dtype, max_rows, progress)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _budget(
+    config: EngineConfig,
+    model: Transformer,
+    decoder: TidarDecoder,
+    plans: list[DraftPlan],
+    max_model_len: int,
+    memory: DeviceMemory,
+    has_graphs: bool,
+) -> GpuBudget:
+    """What is left for pages. The largest step runs with the null page alone."""
+    limits, weight = config.scheduler, model.embedding
+    cache = KVCache(model.config, 1, config.cache.page_size, weight.dtype, weight.device)
+    start = functools.partial(launch, decoder=decoder, runner=ModelRunner(model, cache))
+
+    def run() -> None:
+        steps = largest_steps(plans, limits.max_num_seqs, limits.max_num_batched_tokens, max_model_len)
+        run_steps(start, decoder, steps)
+
+    return measure_budget(memory, config.cache.gpu_memory_utilization, run, limits.max_num_batched_tokens, has_graphs)
+
+
 def _capture(
-    graphs: StepGraphs, plans: list[DraftPlan], needs: SamplingNeeds, max_rows: int, progress: Callable[[str], None]
+    graphs: StepGraphs, plans: list[DraftPlan], defaults: SamplingDefaults, max_rows: int, progress: Callable[[str], None]
 ) -> None:
+    needs = SamplingNeeds.of([SamplingParams(1, **asdict(defaults))])
     try:
         capture_steps(graphs, plans, [needs], max_rows, progress)
     except RuntimeError as error:
@@ -252,27 +321,3 @@ def _check_decode(decode: DecodeConfig, block_length: int | None) -> None:
         raise ConfigError(f"draft_temperature must be between 0 and 2, got {decode.draft_temperature}")
     if not 0.0 <= decode.diffusion_threshold <= 1.0:
         raise ConfigError(f"diffusion_threshold must be between 0 and 1, got {decode.diffusion_threshold}")
-
-
-def _num_pages(config: EngineConfig, model: ModelConfig, max_model_len: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Pages to allocate, the null page included. Raises ConfigError if one full-length request would not fit."""
-    page_size = config.cache.page_size
-    per_sequence = -(-max_model_len // page_size)
-    if config.cache.num_pages is not None:
-        num_pages = config.cache.num_pages
-    elif device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        budget = free - int(total * (1 - config.cache.gpu_memory_utilization))
-        num_pages = max(0, budget) // page_bytes(model, page_size, dtype)
-    else:
-        # On a CPU: room for as many full-length requests as fit into 2 GiB, and never more than can run at once.
-        affordable = 2 * 1024**3 // page_bytes(model, page_size, dtype)
-        num_pages = 1 + min(config.scheduler.max_num_seqs * per_sequence, max(per_sequence, affordable))
-    if num_pages - 1 < per_sequence:
-        size = page_bytes(model, page_size, dtype) / 2**20
-        raise ConfigError(
-            f"the KV cache has room for {max(0, num_pages - 1)} pages of {page_size} tokens ({size:.2f} MiB each), but one "
-            f"request of max_model_len {max_model_len} needs {per_sequence}: lower --max-model-len or raise --num-pages "
-            "(on a GPU: --gpu-memory-utilization)"
-        )
-    return num_pages

@@ -11,6 +11,10 @@ PAGE_SIZE = 64
 """Tokens in one KV page, unless a test asks for another size."""
 
 
+class ConfigError(Exception):
+    """The configuration cannot work; the message is one line that says what to change."""
+
+
 class RopeKind(enum.Enum):
     """How rotary frequencies are derived; the names are those of Hugging Face's ``rope_type``."""
 

@@ -45,7 +45,7 @@ PARENT_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 IDLE_TICK_SECONDS = 1.0
 """How often an idle engine shows that it is alive."""
 
-_ERRORS_FOR_THE_USER = frozenset({"engine.build.ConfigError", "engine.models.loader.ModelLoadError"})
+_ERRORS_FOR_THE_USER = frozenset({"engine.config.ConfigError", "engine.models.loader.ModelLoadError"})
 """Errors whose message says what to do. By name: importing the classes would load torch for a core that needs none."""
 
 

@@ -27,6 +27,7 @@ from engine.config import (
 from engine.core import EngineCore
 from engine.cuda_graphs import Capture
 from engine.grammar import GrammarCompiler
+from engine.memory import DeviceMemory
 from engine.messages import SamplingDefaults
 from engine.models.transformer import Transformer
 from engine.sampling_params import DecodingMode
@@ -100,6 +101,7 @@ def tiny_engine(
     block_length: int | None = None,
     mode: DecodingMode = DecodingMode.TIDAR,
     capture: Capture | None = None,
+    memory: DeviceMemory | None = None,
     grammars: GrammarCompiler | None = None,
     **decode: float,
 ) -> EngineCore:
@@ -110,4 +112,5 @@ def tiny_engine(
         scheduler=SchedulerConfig(max_num_seqs, budget, async_depth=depth),
         decode=DecodeConfig(mode, block_length, num_branches, **decode),
     )
-    return assemble(config, model, MAX_MODEL_LEN, SamplingDefaults(), grammars or TINY.compiler(), capture=capture)
+    compiler = grammars or TINY.compiler()
+    return assemble(config, model, MAX_MODEL_LEN, SamplingDefaults(), compiler, capture=capture, memory=memory)

@@ -47,7 +47,7 @@ INFO = EngineInfo(
 class ConfigError(Exception):
     """Stands for the real one, which is known by its full name."""
 
-    __module__ = "engine.build"
+    __module__ = "engine.config"
 
 
 def build(config: EngineConfig, progress: Callable[[str], None]) -> FakeCore:
