@@ -2,7 +2,7 @@
 
 One scheme is served: the ``float-quantized`` format of compressed-tensors with e4m3 weights and a scale for each output
 channel, which vLLM's llm-compressor writes as ``FP8_DYNAMIC``. Its activations would be quantised anew in every step; here
-they stay in 16 bits, which is the more exact of the two (``docs/decisions/0010``).
+they stay in 16 bits, which is the more exact of the two (``docs/decisions/0011``).
 """
 
 from __future__ import annotations

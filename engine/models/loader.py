@@ -41,11 +41,14 @@ _SINGLE_FILE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _ADAPTER_FILE = "adapter_model.safetensors"
 _DERIVED = "rotary_emb.inv_freq"
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
+_MIB = 2**20
+_REPORTED_BYTES = 2**30
 _DOWNLOADED = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")
 # `consolidated` is a second copy of the weights under the maker's own names, and folders hold other formats (`original/`),
 # but for the one with the LoRA. A pattern cannot negate a word, so there is one for each letter where a name may leave it.
 _NOT_DOWNLOADED = ("consolidated*", *(f"{DRAFT_LORA_FOLDER[:i]}[!{x}]*/*" for i, x in enumerate(DRAFT_LORA_FOLDER + "/")))
 _NAMES_IN_ERROR = 3
+_ROWS_AT_ONCE = 4096
 
 
 class ModelLoadError(Exception):
@@ -267,12 +270,20 @@ def _allocate(model: Transformer, device: torch.device) -> None:
 
 
 def _fill(files: list[Path], places: Mapping[str, Weight], progress: Callable[[str], None]) -> None:
+    """Read every tensor to its place, and tell how far it is whenever another GiB was read and when a file ends."""
+    loaded = reported = 0
     for number, file in enumerate(files, start=1):
-        progress(f"loading weights, file {number} of {len(files)}")
         with _opened(file) as tensors:
             for name in tensors.offset_keys():  # In the file's order, so that it is read from front to back.
                 if name in places:
-                    _store(places[name], tensors.get_tensor(name))
+                    tensor = tensors.get_tensor(name)
+                    _store(places[name], tensor)
+                    loaded += tensor.nbytes
+                if loaded - reported >= _REPORTED_BYTES:
+                    progress(f"loading weights, {loaded / _MIB:,.0f} MiB, in file {number} of {len(files)}")
+                    reported = loaded
+        progress(f"loaded {loaded / _MIB:,.1f} MiB of weights, {number} of {len(files)} files")
+        reported = loaded
 
 
 def _store(place: Weight, tensor: Tensor) -> None:
@@ -288,8 +299,10 @@ def _store(place: Weight, tensor: Tensor) -> None:
 def _check_tied_head(file: Path, name: str, embedding: Tensor) -> None:
     """Raise ModelLoadError if the stored head is not the embedding: then the config's word against the weights' is unclear."""
     with _opened(file) as tensors:
-        head = tensors.get_tensor(name).to(embedding)
-    if not torch.equal(head, embedding):
+        # Piece by piece, since the two may differ in type and together they are a large part of a small model.
+        pieces = zip(tensors.get_tensor(name).split(_ROWS_AT_ONCE), embedding.split(_ROWS_AT_ONCE), strict=True)
+        is_same = all(torch.equal(stored.to(ours), ours) for stored, ours in pieces)
+    if not is_same:
         raise ModelLoadError(
             f"{file.parent}/config.json ties the head to the embedding, but {name} in {file.name} differs from it: "
             "set tie_word_embeddings to false, or remove that tensor"

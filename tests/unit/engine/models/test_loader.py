@@ -1,5 +1,7 @@
 import json
+import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import huggingface_hub
@@ -15,7 +17,7 @@ from engine.models.hf_config import read_model_config, read_sampling_defaults
 from engine.models.loader import ModelLoadError, load_model, resolve_dtype, resolve_model
 from engine.models.transformer import Transformer
 from tests.unit.engine.models.checkpoints import multimodal_model, tiny_tensors
-from training.export import export
+from training.export import export, hf_tensors
 
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda")  # Only named: nothing here runs on it.
@@ -72,11 +74,50 @@ def test_weights_have_the_dtype_that_was_asked_for(checkpoint: Path, dtype: torc
     assert torch.equal(model.embedding, tiny_tensors()[EMBEDDING].to(dtype))
 
 
-def test_progress_names_every_file(checkpoint: Path):
+def test_progress_tells_of_files_and_of_what_was_read(checkpoint: Path, monkeypatch: pytest.MonkeyPatch):
     write_shards(checkpoint, tiny_tensors())
     messages: list[str] = []
+    monkeypatch.setattr(loader, "_REPORTED_BYTES", 2500)
+    monkeypatch.setattr(loader, "_MIB", 1000)
     load_model(checkpoint, read_model_config(checkpoint), torch.float32, CPU, messages.append)
-    assert messages == ["loading weights, file 1 of 2", "loading weights, file 2 of 2"]
+    total = sum(t.nbytes for t in tiny_tensors().values()) / 1000
+    assert [m for m in messages if m.startswith("loaded")][1] == f"loaded {total:,.1f} MiB of weights, 2 of 2 files"
+    amounts = [float(re.search(r"([\d,.]+) MiB", m).group(1).replace(",", "")) for m in messages]  # type: ignore[union-attr]
+    assert amounts == sorted(amounts)
+    assert len(amounts) > 4
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_loading_holds_no_second_copy_in_host_memory(tmp_path: Path, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
+    """Beside the model itself, memory of the process's own does not grow by one large tensor. Mapped files do not count."""
+    config = replace(ModelConfig("LlamaForCausalLM", 8192, 512, 6, 8, 8, 64, 2048, 64), tie_word_embeddings=True)
+    save_file(hf_tensors(Transformer(config)), tmp_path / "model.safetensors")
+    peaks: list[int] = []
+    allocate, store = loader._allocate, loader._store
+
+    def allocate_and_touch(model: Transformer, device: torch.device) -> None:
+        allocate(model, device)
+        for parameter in model.parameters():
+            parameter.zero_()  # untouched pages are not memory yet
+        peaks.append(own_memory())
+
+    def watched(place: Tensor, tensor: Tensor) -> None:
+        store(place, tensor)
+        peaks.append(own_memory())
+
+    monkeypatch.setattr(loader, "_allocate", allocate_and_touch)
+    monkeypatch.setattr(loader, "_store", watched)
+    model = load_model(tmp_path, config, dtype, CPU)
+    size = sum(p.nbytes for p in model.parameters())
+    assert size > 50e6
+    assert max(peaks) - peaks[0] < 4e6
+
+
+def own_memory() -> int:
+    """Bytes of memory that belong to this process alone, files that it maps left out."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(r"RssAnon:\s+(\d+) kB", status).group(1))  # type: ignore[union-attr]
 
 
 def test_stored_rotary_frequencies_are_ignored(checkpoint: Path):
