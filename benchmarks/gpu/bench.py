@@ -66,7 +66,7 @@ class Bench:
         if table is None or not hasattr(kernels.linear, "table"):
             return kernels
         kernels.linear.table = table
-        return replace(kernels, tune_linear=lambda *ignored: table)
+        return replace(kernels, prepare_linear=lambda *ignored: table)
 
     def linear_choices(self, model: str) -> ChoiceTable | None:
         """What the section on linear layers has measured for a model on this machine, if it has."""

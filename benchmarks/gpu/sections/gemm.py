@@ -22,7 +22,7 @@ def run(bench: Bench, model: str) -> Cells:
     kernels = bench.kernels(bench.kernel_names[0], model)
     weights = {name: _weights(bench, shape) for name, shape in linear_shapes(config).items()}
     flat = [weight for copies in weights.values() for weight in copies]
-    chosen = kernels.tune_linear(flat, bench.dtype, CHOSEN_AT, lambda message: print(message, flush=True))
+    chosen = kernels.prepare_linear(flat, bench.dtype, CHOSEN_AT, lambda message: print(message, flush=True))
     for measurement in chosen.measurements if chosen is not None else ():
         yield {"choice": plain(measurement)}
     for rows in bench.pick(ROWS, (1, 8)):

@@ -26,7 +26,7 @@ def run(bench: Bench, model: str) -> Cells:
     config = replace(bench.config(model), num_layers=1, hidden_size=64, intermediate_size=64)
     batches = bench.pick(BATCHES, (2,))
     for choice in bench.kernel_names:
-        kernels = replace(bench.kernels(choice, model), tune_linear=lambda *ignored: None)
+        kernels = replace(bench.kernels(choice, model), prepare_linear=lambda *ignored: None)
         network = random_model(config, bench.dtype, bench.device, kernels)
         rig = StepRig(bench, network, Limits(max(batches), 2048, 1 + max(batches) * 24, max_rows=4096))
         rig.core.decoder.batch.make_tables()
