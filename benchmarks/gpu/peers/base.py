@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import time
@@ -92,8 +93,9 @@ def run_peer(measure: Callable[[Peer], dict[str, Any]], arguments: Sequence[str]
 
 
 def main(measure: Callable[[Peer], dict[str, Any]]) -> None:
-    """Run a peer's program and print its line."""
+    """Run a peer's program and print its line. A peer's threads may keep a process from ending; they are not waited for."""
     print(json.dumps(run_peer(measure)), flush=True)
+    os._exit(0)
 
 
 def transformers_config(config: ModelConfig) -> Any:
