@@ -111,10 +111,14 @@ def test_an_unknown_section_is_refused(tmp_path):
 def test_red_checks_are_told_with_every_speed(tmp_path, few_checks):
     (few_checks / "test_wrong.py").write_text("def test_it():\n    assert 1 == 2, 'what is wrong'\n")
     (few_checks / "test_absent.py").write_text("import no_such_module\n")
+    (few_checks / "test_engine.py").write_text(
+        "import pytest\n\nfrom engine.config import PAGE_SIZE\n\n\n@pytest.mark.skip\ndef test_it():\n    assert PAGE_SIZE\n"
+    )
     assert dry_run(tmp_path / "out", "--section", "checks", "machine") == 0
     cells = record.read(tmp_path / "out", "checks").cells
     counts = {cell["file"]: (cell["passed"], cell["failed"], cell["is_red"]) for cell in cells if "file" in cell}
-    assert counts == {"test_absent.py": (0, 1, True), "test_right.py": (1, 0, False), "test_wrong.py": (0, 1, True)}
+    red, green, skipped = (0, 1, True), (1, 0, False), (0, 0, False)
+    assert counts == {"test_absent.py": red, "test_wrong.py": red, "test_right.py": green, "test_engine.py": skipped}
     assert sum(cell.get("ties", 0) for cell in cells) == 3
     assert any("what is wrong" in cell.get("message", "") for cell in cells)
     assert record.read(tmp_path / "out", "machine").warnings == ["tests/gpu was red: see the section checks"]
