@@ -18,6 +18,7 @@ from engine.cuda_graphs import GREEDY, SAMPLED, Capture, StepGraphs
 from engine.decode.pending import PendingResult
 from engine.grammar import GrammarCompiler, tokenizer_loader
 from engine.kv_cache import page_bytes
+from engine.memory import DeviceMemory
 from engine.messages import SamplingDefaults
 from engine.models.transformer import Transformer
 from engine.sampling_params import DecodingMode, SamplingParams
@@ -100,11 +101,13 @@ def build_core(
     max_model_len: int,
     capture: Capture | None = None,
     progress: Callable[[str], None] = lambda message: None,
+    memory: DeviceMemory | None = None,
 ) -> EngineCore:
     """An engine whose cache holds random numbers, as a used one does."""
     eos = model.config.eos_token_ids
     grammars = GrammarCompiler(tokenizer_loader(MODEL, eos, model.config.vocab_size), eos)
-    core = assemble(config, model, max_model_len, SamplingDefaults(temperature=0.0), grammars, progress, capture)
+    defaults = SamplingDefaults(temperature=0.0)
+    core = assemble(config, model, max_model_len, defaults, grammars, progress, capture, memory)
     for tensor in (tensor for layer in core.runner.cache.layers for tensor in layer):
         tensor.normal_()
     return core

@@ -91,8 +91,9 @@ def provenance(device: torch.device) -> dict[str, Any]:
     """The machine, driver, versions and commit that numbers belong to."""
     found = machine(device) | {"numpy": _version("numpy"), "triton": _version("triton")}
     if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        found |= {"cuda": torch.version.cuda, "memory": total, "memory_free_at_start": free, "driver": _driver()}
+        # Properties alone: asking for free memory would take some, which tests of memory that run beside this would notice.
+        total = torch.cuda.get_device_properties(device).total_memory
+        found |= {"cuda": torch.version.cuda, "memory": total, "driver": _driver()}
     return found
 
 

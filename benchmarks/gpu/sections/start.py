@@ -9,6 +9,7 @@ import resource
 import shutil
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -20,7 +21,9 @@ from benchmarks.gpu.random_model import random_model
 from benchmarks.gpu.record import Cell, Record
 from benchmarks.gpu.sections.base import Cells, Section, attempt, tabulate
 from benchmarks.gpu.sections.throughput import start
+from engine.config import SchedulerConfig
 from engine.kv_cache import page_bytes
+from engine.memory import CudaMemory
 from engine.models.loader import load_model
 from engine.models.places import named_tensors
 from engine.models.transformer import Transformer
@@ -69,7 +72,9 @@ def _messages(bench: Bench, model: str) -> Cells:
         model,
         bench.size(256, 2),
         bench.size(8192, 256),
+        max_rows=SchedulerConfig().max_num_batched_tokens,
         progress=lambda text: moments.append((time.perf_counter(), text)),
+        memory=_DryMemory() if bench.is_dry else CudaMemory(bench.device),
     )
     _wait(bench)
     ended = time.perf_counter()
@@ -84,9 +89,23 @@ def _messages(bench: Bench, model: str) -> Cells:
     pages = core.info.num_pages
     size = pages * page_bytes(core.runner.model.config, PAGE, bench.dtype)
     yield {"what": f"KV cache of {pages} pages", "bytes": size}
+    yield {"what": f"memory: {core.info.settings.get('memory')}"}
     yield {"what": f"captured steps: {core.info.settings.get('captured steps')}", "settings": dict(core.info.settings)}
     left_out = [text for _, text in moments if "not captured" in text]
     yield {"what": left_out[0] if left_out else "every step size was captured"}
+
+
+class _DryMemory:
+    """What a dry run takes for a device's memory."""
+
+    total = 2**26
+
+    def free(self) -> int:
+        return self.total // 2
+
+    def peak(self, run: Callable[[], None]) -> int:
+        run()
+        return 2**20
 
 
 def _used(bench: Bench) -> int:
@@ -108,10 +127,10 @@ def show(records: list[Record]) -> str:
         cell["GiB"] = cell["bytes"] / 2**30 if "bytes" in cell else None
         cell["host GiB"] = cell["host_peak_grew_by"] / 2**30 if "host_peak_grew_by" in cell else None
     columns = (
-        ("what", "what", ""),
         ("seconds", "seconds", ".2f"),
         ("GiB", "GiB", ".2f"),
         ("host peak grew, GiB", "host GiB", ".2f"),
+        ("what", "what", ""),
     )
     return tabulate(records, columns)
 

@@ -22,6 +22,7 @@ from engine.config import DecodeConfig
 from engine.core import EngineCore
 from engine.decode.goodput import Acceptance, PlanShape, expect
 from engine.decode.policy import Drafting
+from engine.memory import DeviceMemory
 from engine.sampling_params import DecodingMode
 from engine.step import DraftPlan
 from engine.warm_up import PLAIN, plans_of
@@ -113,14 +114,17 @@ def start(
     mode: DecodingMode = DecodingMode.AUTO,
     max_rows: int = MAX_ROWS,
     progress: Callable[[str], None] = print,
+    memory: DeviceMemory | None = None,
 ) -> EngineCore:
-    """An engine with everything that a start does, and an imposed acceptance."""
+    """An engine with everything that a start does, and an imposed acceptance. With a ``memory`` it sizes its pages itself."""
     network = random_model(bench.config(model), bench.dtype, bench.device, bench.kernels(bench.kernel_names[0], model))
     decode = DecodeConfig(mode, BLOCK_LENGTH, 1, synthetic_acceptance=bench.acceptance(model))
     pages = 1 + max_num_seqs * max_model_len // PAGE
     limits = Limits(max_num_seqs, max_model_len, pages, min(max_rows, bench.size(max_rows, 256)))
     config = engine_config(bench, network.config, limits, decode, share_prefixes=True)
-    return build_core(config, network, max_model_len, bench.capture, progress)
+    if memory is not None:
+        config = dataclasses.replace(config, cache=dataclasses.replace(config.cache, num_pages=None))
+    return build_core(config, network, max_model_len, bench.capture, progress, memory)
 
 
 def cell(bench: Bench, core: EngineCore, model: str, name: str, batch: int) -> Cell:

@@ -22,6 +22,7 @@ from benchmarks.gpu.sections.base import Section
 from benchmarks.gpu.sections.throughput import expected_tokens
 from benchmarks.gpu.shapes import MODELS, kv_bytes, weight_bytes
 from benchmarks.gpu.targets import judge
+from benchmarks.gpu.timing import MIN_REPEATS, CudaTimer
 from engine.decode.goodput import PlanShape
 
 ROOT = Path(__file__).parents[3]
@@ -204,6 +205,36 @@ def test_peers_are_run_by_their_entry_points(tmp_path, fake_peers, who):
 def test_absent_peers_are_named(tmp_path):
     cells = list(peers.run(Bench(tmp_path, is_dry=True, peers=tmp_path), "8b.gpt_fast"))
     assert cells[0]["absent"] == "AbsentError: the peers have no folder gpt-fast"
+
+
+def test_a_time_on_the_device_is_that_of_the_run_alone(monkeypatch):
+    """The clock of this device stands still but for what is put on it."""
+    now = [0.0]
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.time = now[0]
+
+        def elapsed_time(self, other):
+            return other.time - self.time
+
+    def spend(ms):
+        now[0] += ms
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: spend(10.0))
+    runs = []
+
+    def run():
+        runs.append(1)
+        spend(2.0 if len(runs) > 3 else 50.0)
+
+    assert CudaTimer()(run, lambda: spend(7.0)) == 2.0
+    assert len(runs) >= 2 * MIN_REPEATS
 
 
 def test_shapes_move_what_they_should():
