@@ -163,7 +163,7 @@ def _decoder(config: EngineConfig, model: Transformer, block_length: int | None,
     settings = DecoderSettings(
         decode.trust_ar, decode.draft_temperature, decode.diffusion_threshold, decode.synthetic_acceptance
     )
-    return TidarDecoder(batch, page_size, tidar.mask_token_id if tidar else None, settings)
+    return TidarDecoder(batch, page_size, tidar.mask_token_id if tidar else None, settings, model.kernels)
 
 
 def _pages(

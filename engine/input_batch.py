@@ -19,19 +19,12 @@ from engine.decode.penalties import TokenCounts, TokenTable
 from engine.sampling_params import DecodingMode, SamplingParams
 from engine.step import Admission, IntArray, StepPlan
 from engine.upload import upload
+from kernels.process_logits.metadata import Needs
 
 
 @dataclass(frozen=True, slots=True)
-class SamplingNeeds:
-    """Which parts of sampling a batch needs at all; known on the host, so that a plain greedy batch pays for none of them."""
-
-    noise: bool = False
-    top_k: bool = False
-    top_p: bool = False
-    min_p: bool = False
-    penalties: bool = False
-    bias: bool = False
-    min_tokens: bool = False
+class SamplingNeeds(Needs):
+    """What the parameters of a batch's requests need."""
 
     @staticmethod
     def of(params: Sequence[SamplingParams]) -> SamplingNeeds:

@@ -16,9 +16,11 @@ from kernels.linear.choice import ChoiceTable
 from kernels.linear.weight import Weight
 from kernels.paged_attention import reference as paged_attention_reference
 from kernels.paged_attention.metadata import AttentionMetadata
+from kernels.process_logits.metadata import RowSampling
 from kernels.rms_norm import reference as rms_norm_reference
 from kernels.rope_kv_write import reference as rope_reference
 from kernels.rope_kv_write.metadata import RopeMetadata
+from kernels.sampling import reference as sampling_reference
 from kernels.swiglu import reference as swiglu_reference
 
 PrepareLinear = Callable[[Sequence[Weight], torch.dtype, int, Callable[[str], None]], ChoiceTable | None]
@@ -44,6 +46,8 @@ class Kernels:
     rope_kv_write: Callable[[Tensor, Tensor | None, float, Any, tuple[Tensor, Tensor] | None], tuple[Tensor, Tensor, Tensor]]
     prepare_attention: Callable[[AttentionMetadata, int, int, torch.dtype], Any]
     paged_attention: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Any, float], Tensor]
+    sample_tokens: Callable[[Tensor, Tensor | None, RowSampling, Tensor, int | None], Tensor]
+    sample_drafts: Callable[[Tensor, Tensor | None, RowSampling, Tensor, int | None, float | None], tuple[Tensor, Tensor]]
     prepare_linear: PrepareLinear
 
 
@@ -64,6 +68,8 @@ REFERENCE = Kernels(
     rope_kv_write=rope_reference.rope_kv_write,
     prepare_attention=paged_attention_reference.prepare,
     paged_attention=paged_attention_reference.paged_attention,
+    sample_tokens=sampling_reference.sample_tokens,
+    sample_drafts=sampling_reference.sample_drafts,
     prepare_linear=nothing_to_prepare,
 )
 """Plain torch on any device, with gradients: training uses it, too."""
@@ -97,6 +103,7 @@ def triton_kernels(num_kv_heads: int) -> Kernels:
     from kernels.paged_attention import triton as paged_attention
     from kernels.rms_norm import triton as rms_norm
     from kernels.rope_kv_write import triton as rope_kv_write
+    from kernels.sampling import triton as sampling
     from kernels.swiglu import triton as swiglu
 
     linear = TunedLinear()
@@ -112,4 +119,6 @@ def triton_kernels(num_kv_heads: int) -> Kernels:
         rope_kv_write=rope_kv_write.rope_kv_write,
         prepare_attention=functools.partial(paged_attention.prepare, num_kv_heads=num_kv_heads),
         paged_attention=paged_attention.paged_attention,
+        sample_tokens=sampling.sample_tokens,
+        sample_drafts=sampling.sample_drafts,
     )

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from engine.decode.inputs import StepInputs
 from engine.decode.layout import StepLayout
-from engine.decode.sampling import DrawDrafts, GrammarRows
+from engine.decode.sampling import DrawDrafts
 from engine.grammar import GrammarError, Matcher, empty_mask
 from engine.input_batch import InputBatch
 from engine.step import Admission, StepPlan
+from kernels.process_logits.metadata import GrammarRows
 
 
 @dataclass(slots=True)
@@ -125,7 +126,8 @@ class GrammarTable:
             rank = (inputs.order_NB[request] == accepted_C[walk, None]).int().argmax(dim=1)
             tokens, probs = draw(
                 inputs.needs,
-                logits_QV[layout.masks_NBK[request, rank, draft]],
+                logits_QV,
+                layout.masks_NBK[request, rank, draft],
                 slot,
                 torch.full_like(slot, draft),
                 computed_C[walk] + draft,

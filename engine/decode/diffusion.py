@@ -76,7 +76,8 @@ def denoise(batch: InputBatch, inputs: StepInputs, logits_QV: Tensor, draw: Draw
     positions_NK = (inputs.attention.prefix_lengths + layout.num_prefill_N + inputs.num_drafts_N)[:, None] + number_K
     candidates_Q, confidence_Q = draw(
         inputs.needs,
-        logits_QV[layout.masks_NBK[:, 0].flatten()],
+        logits_QV,
+        layout.masks_NBK[:, 0].flatten(),
         slot_N.repeat_interleave(max_block),
         number_K.repeat(len(slot_N)) + 1,
         positions_NK.flatten(),

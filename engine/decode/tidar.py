@@ -18,10 +18,12 @@ from engine.decode.diffusion import denoise
 from engine.decode.inputs import RowBuilder, StepInputs
 from engine.decode.logprobs import prompt_logprobs, verified_logprobs
 from engine.decode.pending import PendingResult
-from engine.decode.sampling import Ahead, GrammarRows, probability_of, process_logits, row_sampling, sample
+from engine.decode.sampling import Ahead, row_sampling
 from engine.decode.verify import imposed_drafts, num_accepted
 from engine.input_batch import InputBatch, SamplingNeeds
 from engine.step import StepPlan
+from kernels.backend import REFERENCE, Kernels
+from kernels.process_logits.metadata import GrammarRows
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +54,15 @@ class TidarDecoder:
     """Lays out plans and judges logits. It owns the device state of the running requests."""
 
     def __init__(
-        self, batch: InputBatch, page_size: int, mask_token_id: int | None, settings: DecoderSettings | None = None
+        self,
+        batch: InputBatch,
+        page_size: int,
+        mask_token_id: int | None,
+        settings: DecoderSettings | None = None,
+        kernels: Kernels = REFERENCE,
     ) -> None:
         self.batch, self.mask_token_id, self.settings = batch, mask_token_id, settings or DecoderSettings()
+        self.kernels = kernels
         self.survival = SurvivalTable(batch.device)
         self.rows = RowBuilder(batch, self.survival, page_size, mask_token_id)
         self.grammars = GrammarTable(batch.drafts_SK.shape[1], batch.vocab_size, batch.device)
@@ -144,8 +152,8 @@ class TidarDecoder:
         logits_DV = logits_QV[: len(layout.verify_rows_D)]
         if self.settings.trust_ar < 1.0 and layout.max_branches:
             logits_DV = self._mix(inputs, logits_QV, logits_DV)
-        processed = process_logits(logits_DV, rows, self.mask_token_id)
-        tokens_D = sample(processed, rows, inputs.positions_R[layout.verify_rows_D] + 1)
+        position_D = inputs.positions_R[layout.verify_rows_D] + 1
+        tokens_D = self.kernels.sample_tokens(logits_DV, None, rows, position_D, self.mask_token_id)
         sampled_ND[layout.verify_request_D, layout.verify_index_D] = tokens_D
         return sampled_ND
 
@@ -180,7 +188,8 @@ class TidarDecoder:
         number_K = torch.arange(1, width + 1, device=rank_N.device)
         tokens_Q, probs_Q = self._draw_drafts(
             inputs.needs,
-            logits_QV[places_NK.flatten()],
+            logits_QV,
+            places_NK.flatten(),
             inputs.slot_N.repeat_interleave(width),
             number_K.repeat(len(rank_N)),
             (next_computed_N[:, None] + number_K).flatten(),
@@ -192,7 +201,8 @@ class TidarDecoder:
     def _draw_drafts(
         self,
         needs: SamplingNeeds,
-        logits_QV: Tensor,
+        logits_RV: Tensor,
+        place_Q: Tensor,
         slot_Q: Tensor,
         number_Q: Tensor,
         position_Q: Tensor,
@@ -200,12 +210,13 @@ class TidarDecoder:
     ) -> tuple[Tensor, Tensor]:
         """Drafts of the given numbers (1 is the first guess) and their probabilities, at the draft temperature."""
         temperature = self.settings.draft_temperature
-        return self._draw(needs, logits_QV, slot_Q, number_Q, position_Q, grammar, temperature)
+        return self._draw(needs, logits_RV, place_Q, slot_Q, number_Q, position_Q, grammar, temperature)
 
     def _draw(
         self,
         needs: SamplingNeeds,
-        logits_QV: Tensor,
+        logits_RV: Tensor,
+        place_Q: Tensor,
         slot_Q: Tensor,
         number_Q: Tensor,
         position_Q: Tensor,
@@ -217,9 +228,8 @@ class TidarDecoder:
         Penalties count what has been emitted: the tokens of a block are made at once, so none of them knows the others.
         """
         rows = row_sampling(self.batch, slot_Q, needs, Ahead(number_Q - 1, slot_Q.new_zeros((len(slot_Q), 0))), grammar)
-        processed = process_logits(logits_QV, rows, self.mask_token_id)
-        tokens_Q = sample(processed, rows, position_Q, draft_temperature)
-        return tokens_Q, probability_of(processed, tokens_Q)
+        mask = self.mask_token_id
+        return self.kernels.sample_drafts(logits_RV, place_Q, rows, position_Q, mask, draft_temperature)
 
 
 def _beside(is_first_N: Tensor, first_NK: Tensor, second_ND: Tensor) -> Tensor:

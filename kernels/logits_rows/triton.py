@@ -45,7 +45,7 @@ class Rows(NamedTuple):
 
 def block_size(vocab_size: int) -> int:
     """Tokens of a chunk."""
-    return min(_MAX_BLOCK, max(16, triton.next_power_of_2(vocab_size)))
+    return min(_MAX_BLOCK, max(16, int(triton.next_power_of_2(vocab_size))))
 
 
 def chunks_of(vocab_size: int) -> dict[str, int]:

@@ -19,20 +19,20 @@ ROUNDS = 10
 
 
 def philox(key: tuple[Tensor, Tensor], counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:
-    """Ten rounds of Philox4x32 on broadcastable int64 tensors that hold unsigned 32-bit words; returns four words."""
+    """Ten rounds of Philox4x32 on int64 tensors that hold unsigned 32-bit words; returns four words.
+
+    Shapes broadcast; the key's must fit into those of ``c0`` with ``c3`` and of ``c1`` with ``c2``.
+    """
     (k0, k1), (c0, c1, c2, c3) = key, counter
     for _ in range(ROUNDS):
-        hi0, lo0 = _multiply(c0, _MULTIPLIERS[0])
-        hi1, lo1 = _multiply(c2, _MULTIPLIERS[1])
-        c0, c1, c2, c3 = hi1 ^ c1 ^ k0, lo1, hi0 ^ c3 ^ k1, lo0
+        # An int64 product wraps, but its bit pattern is exact. The high half of a word that is not multiplied may hold
+        # anything: it is cut off once, after the exclusive or.
+        product0, product1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        c0 = ((product1 >> 32) ^ c1).bitwise_xor_(k0).bitwise_and_(_WORD)
+        c2 = ((product0 >> 32) ^ c3).bitwise_xor_(k1).bitwise_and_(_WORD)
+        c1, c3 = product1, product0
         k0, k1 = (k0 + _KEY_STEPS[0]) & _WORD, (k1 + _KEY_STEPS[1]) & _WORD
-    return c0, c1, c2, c3
-
-
-def _multiply(word: Tensor, factor: int) -> tuple[Tensor, Tensor]:
-    """High and low 32 bits of an unsigned 32 x 32 bit product. The int64 product wraps, its bit pattern is exact."""
-    product = word * factor
-    return (product >> 32) & _WORD, product & _WORD
+    return c0, c1 & _WORD, c2, c3 & _WORD
 
 
 @functools.lru_cache(maxsize=8)
@@ -48,6 +48,8 @@ def gumbel(seed: Tensor, position: Tensor, vocab_size: int, dtype: torch.dtype) 
     key = ((seed & _WORD)[:, None], ((seed >> 32) & _WORD)[:, None])
     zero = torch.zeros_like(key[0])
     words = philox(key, (_token_counters(vocab_size, seed.device)[None, :], position[:, None], zero, zero))
-    bits = torch.stack(torch.broadcast_tensors(*words), dim=-1).flatten(1)[:, :vocab_size]
-    u = ((bits.to(dtype) + 0.5) * 2.0**-32).clamp_(max=1.0 - 2.0**-24)
+    u = torch.empty((len(seed), words[0].shape[1], 4), dtype=dtype, device=seed.device)
+    for i, word in enumerate(words):
+        u[:, :, i] = word
+    u = u.flatten(1)[:, :vocab_size].add_(0.5).mul_(2.0**-32).clamp_(max=1.0 - 2.0**-24)
     return u.neg_().log1p_().neg_().log_().neg_()

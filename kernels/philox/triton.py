@@ -15,7 +15,7 @@ _BLOCK = 1024
 
 @triton.jit
 def philox_words(seed, position, first_token, BLOCK: tl.constexpr):
-    """The words [BLOCK] of the tokens from ``first_token``, a multiple of 4, on. ``seed`` and ``position`` are int64 scalars."""
+    """The words [BLOCK] of the tokens from ``first_token`` on, a multiple of 4; ``seed`` and ``position`` are int64 scalars."""
     counter = (first_token // 4 + tl.arange(0, BLOCK // 4)).to(tl.uint32)
     zero = tl.zeros([BLOCK // 4], tl.uint32)
     w0, w1, w2, w3 = tl.philox(seed, counter, zero + position.to(tl.uint32), zero, zero)

@@ -243,9 +243,7 @@ def find_cut(rows: Rows, sampling: RowSampling) -> Cut:
     return Cut(threshold, num_ties, ties)
 
 
-def _search(
-    rows: Rows, peaks: Tensor, wanted: Tensor, min_p: Tensor | None, kth: Tensor | None, *, is_mass: bool
-) -> _Search:
+def _search(rows: Rows, peaks: Tensor, wanted: Tensor, min_p: Tensor | None, kth: Tensor | None, *, is_mass: bool) -> _Search:
     num_rows, num_chunks = peaks.shape
     above, target = torch.empty((2, _ROUNDS + 1, num_rows), dtype=torch.float32, device=peaks.device)
     low = torch.empty_like(above, dtype=torch.int32)

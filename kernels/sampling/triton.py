@@ -43,7 +43,7 @@ def _draw_kernel(
     token = chunk * BLOCK + tl.arange(0, BLOCK)
     x = truncated_tile(processed_tile(rows, q, token), cut, q, chunk, CHUNKS, CHUNKS_PADDED)
     score = x
-    if seed is not None:
+    if seed is not None:  # noqa: SIM102 - known when the kernel is compiled, unlike the temperature
         if tl.load(rows.temperature + q) != 0:
             noise = gumbel_tile(tl.load(seed + q), tl.load(position + q), chunk * BLOCK, BLOCK)
             if noise_scale is not None:

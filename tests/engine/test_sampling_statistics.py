@@ -14,10 +14,12 @@ from torch import Tensor
 
 from engine.core import EngineCore
 from engine.decode.inputs import StepInputs
-from engine.decode.sampling import RowSampling, process_logits, sample
 from engine.input_batch import SamplingNeeds
 from engine.messages import GenerateRequest
 from engine.sampling_params import DecodingMode, SamplingParams
+from kernels.process_logits.metadata import RowSampling
+from kernels.process_logits.reference import process_logits
+from kernels.sampling.reference import sample
 from tests.engine.driver import drive
 from tests.engine.oracle import Context, next_token_logits, processed
 from tests.engine.tiny import BLOCK_LENGTH, MASK_TOKEN, MAX_MODEL_LEN, VOCAB_SIZE, tiny_engine, tiny_model

@@ -9,11 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.decode.sampling import Ahead, RowSampling, probability_of, process_logits, row_sampling, sample
+from engine.decode.sampling import Ahead, row_sampling
 from engine.input_batch import InputBatch, SamplingNeeds
 from engine.sampling_params import DecodingMode, SamplingParams
 from engine.step import Admission, StepPlan
 from kernels.philox.reference import gumbel
+from kernels.process_logits.metadata import RowSampling
+from kernels.process_logits.reference import process_logits
+from kernels.sampling.reference import probability_of, sample
 
 MASK = 2
 
