@@ -79,32 +79,31 @@ def truncated_tile(x, cut, q, chunk, CHUNKS: tl.constexpr, CHUNKS_PADDED: tl.con
 
 
 @triton.jit
-def _peak_kernel(peaks, rows, CHUNKS: tl.constexpr, BLOCK: tl.constexpr):
-    """The largest logit of every chunk."""
+def _peaks_kernel(peaks, rows, CHUNKS: tl.constexpr, BLOCK: tl.constexpr):
+    """The largest logit of every chunk, in the order."""
     q = tl.program_id(0)
     chunk = tl.program_id(1)
     x = processed_tile(rows, q, chunk * BLOCK + tl.arange(0, BLOCK))
-    tl.store(peaks + q * CHUNKS + chunk, tl.max(x, 0))
+    tl.store(peaks + q * CHUNKS + chunk, tl.max(_order(x), 0))
 
 
 @triton.jit
-def _peak(peaks, q, CHUNKS: tl.constexpr, CHUNKS_PADDED: tl.constexpr):
+def _floor_kernel(peak, threshold, temperature, peaks, min_p, kth, CHUNKS, CHUNKS_PADDED: tl.constexpr):
+    """The largest logit of every row, and where min-p and top-k let it begin. ``kth``: what the search for top-k found."""
+    q = tl.program_id(0)
     chunk = tl.arange(0, CHUNKS_PADDED)
-    return tl.max(tl.load(peaks + q * CHUNKS + chunk, mask=chunk < CHUNKS, other=float("-inf")), 0)
-
-
-@triton.jit
-def _floor(q, peak, temperature, min_p, kth):
-    """Where min-p and top-k let row ``q`` begin. ``kth``: the results of the search for top-k."""
+    highest = tl.max(tl.load(peaks + q * CHUNKS + chunk, mask=chunk < CHUNKS, other=_LOWEST), 0)
+    largest = (highest ^ ((highest >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
     floor = tl.full([], _LOWEST, tl.int32)
     if min_p is not None:
         least = tl.load(min_p + q)
         is_on = (least > 0) & (tl.load(temperature + q) != 0)
-        lowest = _order(peak + tl.log(tl.where(is_on, least, 1.0)).to(tl.float32))
+        lowest = _order(largest + tl.log(tl.where(is_on, least, 1.0)).to(tl.float32))
         floor = tl.where(is_on, lowest, floor)
     if kth is not None:
         floor = tl.maximum(floor, tl.load(kth + q))
-    return floor
+    tl.store(peak + q, largest)
+    tl.store(threshold + q, floor)
 
 
 @triton.jit
@@ -135,10 +134,10 @@ def _narrow(search, cell, q, num_rows, round, goal, IS_MASS: tl.constexpr, CHUNK
 def _search_kernel(
     search,
     rows,
-    peaks,
     wanted,
-    min_p,
-    kth,
+    peaks,
+    peak,
+    floor,
     num_rows,
     round,
     IS_MASS: tl.constexpr,
@@ -149,7 +148,7 @@ def _search_kernel(
     """One round: take in the sums of the round before, then sum at and above the new candidates. The last one only takes in.
 
     ``wanted`` [Q]: how many logits have to reach the value, 0 for a row without top-k; with ``IS_MASS`` what share of the
-    probability, 1 for a row without top-p.
+    probability from ``floor`` on, 1 for a row without top-p.
     """
     q = tl.program_id(0)
     chunk = tl.program_id(1)
@@ -169,14 +168,13 @@ def _search_kernel(
     if is_on & (round < 8):
         candidate = tl.arange(0, _CANDIDATES)
         weight = tl.zeros([_CANDIDATES], tl.float32)
-        if _order(tl.load(peaks + q * CHUNKS + chunk)) >= low:
+        if tl.load(peaks + q * CHUNKS + chunk) >= low:
             token = chunk * BLOCK + tl.arange(0, BLOCK)
             x = processed_tile(rows, q, token)
             key = _order(x)
             share = (token < rows.vocab_size).to(tl.float32)
             if IS_MASS:
-                peak = _peak(peaks, q, CHUNKS, CHUNKS_PADDED)
-                share = tl.where(key >= _floor(q, peak, rows.temperature, min_p, kth), tl.exp(x - peak), 0.0)
+                share = tl.where(key >= tl.load(floor + q), tl.exp(x - tl.load(peak + q)), 0.0)
             for i in tl.static_range(16):
                 reached = tl.sum(tl.where(key >= low + (i << (28 - 4 * round)), share, 0.0), 0)
                 weight = tl.where(candidate == i, reached, weight)
@@ -185,21 +183,17 @@ def _search_kernel(
 
 
 @triton.jit
-def _cut_kernel(threshold, num_ties, temperature, peaks, min_p, kth, low, above, target, CHUNKS, CHUNKS_PADDED: tl.constexpr):
-    """The end of truncation: thresholds, and how many of the tokens at it top-p needs. ``low`` to ``target``: its search."""
+def _nucleus_kernel(threshold, num_ties, peak, low, above, target):
+    """Raise the threshold to what the search for top-p found, and count how many tokens at it are needed."""
     q = tl.program_id(0)
-    peak = _peak(peaks, q, CHUNKS, CHUNKS_PADDED)
-    floor = _floor(q, peak, temperature, min_p, kth)
-    if low is not None:
-        last = tl.load(low + q)
-        each = tl.exp((last ^ ((last >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True) - peak)
-        missing = tl.load(target + q) - tl.load(above + q)
-        # Without top-p nothing was searched for.
-        is_on = last > _LOWEST
-        needed = tl.ceil(missing / tl.where(is_on, each, 1.0)).to(tl.int32)
-        tl.store(num_ties + q, tl.where(is_on, tl.maximum(needed, 1), _ALL_TIES))
-        floor = tl.maximum(floor, last)
-    tl.store(threshold + q, floor)
+    last = tl.load(low + q)
+    # Where there is no top-p nothing was searched for.
+    is_on = last > _LOWEST
+    value = (last ^ ((last >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+    each = tl.exp(tl.where(is_on, value - tl.load(peak + q), 0.0))
+    needed = tl.ceil((tl.load(target + q) - tl.load(above + q)) / each).to(tl.int32)
+    tl.store(num_ties + q, tl.where(is_on, tl.maximum(needed, 1), _ALL_TIES))
+    tl.store(threshold + q, tl.maximum(tl.load(threshold + q), last))
 
 
 @triton.jit
@@ -228,42 +222,34 @@ def find_cut(rows: Rows, sampling: RowSampling) -> Cut:
     num_rows, device, chunks = len(sampling.temperature), rows.logits.device, chunks_of(rows.vocab_size)
     grid = (num_rows, chunks["CHUNKS"])
     block = block_size(rows.vocab_size)
-    peaks = torch.empty(grid, dtype=torch.float32, device=device)
-    _peak_kernel[grid](peaks, rows, CHUNKS=grid[1], BLOCK=block, **LAUNCH)
-    min_p = sampling.min_p if needs.min_p else None
-    kth = _search(rows, peaks, sampling.top_k, None, None, is_mass=False).low[-1] if needs.top_k else None
-    nucleus = _search(rows, peaks, sampling.top_p, min_p, kth, is_mass=True) if needs.top_p else None
+    peaks = torch.empty(grid, dtype=torch.int32, device=device)
+    _peaks_kernel[grid](peaks, rows, CHUNKS=grid[1], BLOCK=block, **LAUNCH)
+    peak = torch.empty(num_rows, dtype=torch.float32, device=device)
     threshold, num_ties = torch.empty((2, num_rows), dtype=torch.int32, device=device)
-    ends = (None, None, None) if nucleus is None else (nucleus.low[-1], nucleus.above[-1], nucleus.target[-1])
-    _cut_kernel[(num_rows,)](threshold, num_ties, sampling.temperature, peaks, min_p, kth, *ends, **chunks, **LAUNCH)
-    if nucleus is None:
+    kth = _search(rows, sampling.top_k, peaks, peak, threshold, is_mass=False).low[-1] if needs.top_k else None
+    min_p = sampling.min_p if needs.min_p else None
+    _floor_kernel[(num_rows,)](peak, threshold, sampling.temperature, peaks, min_p, kth, **chunks, **LAUNCH)
+    if not needs.top_p:
         return Cut(threshold)
+    found = _search(rows, sampling.top_p, peaks, peak, threshold, is_mass=True)
+    _nucleus_kernel[(num_rows,)](threshold, num_ties, peak, found.low[-1], found.above[-1], found.target[-1], **LAUNCH)
     ties = torch.empty(grid, dtype=torch.int32, device=device)
     _ties_kernel[grid](ties, threshold, rows, CHUNKS=grid[1], BLOCK=block, **LAUNCH)
     return Cut(threshold, num_ties, ties)
 
 
-def _search(rows: Rows, peaks: Tensor, wanted: Tensor, min_p: Tensor | None, kth: Tensor | None, *, is_mass: bool) -> _Search:
+def _search(rows: Rows, wanted: Tensor, peaks: Tensor, peak: Tensor, floor: Tensor, *, is_mass: bool) -> _Search:
+    """``peak`` and ``floor`` are read only with ``is_mass``."""
     num_rows, num_chunks = peaks.shape
     above, target = torch.empty((2, _ROUNDS + 1, num_rows), dtype=torch.float32, device=peaks.device)
     low = torch.empty_like(above, dtype=torch.int32)
-    search = _Search(low, above, target, peaks.new_empty((2, num_rows, num_chunks, _CANDIDATES.value)))
+    sums = torch.empty((2, num_rows, num_chunks, _CANDIDATES.value), dtype=torch.float32, device=peaks.device)
+    search = _Search(low, above, target, sums)
+    block, chunks = block_size(rows.vocab_size), chunks_of(rows.vocab_size)
     for number in range(_ROUNDS + 1):
         grid = (num_rows, num_chunks if number < _ROUNDS else 1)
-        _search_kernel[grid](
-            search,
-            rows,
-            peaks,
-            wanted,
-            min_p,
-            kth,
-            num_rows,
-            number,
-            IS_MASS=is_mass,
-            BLOCK=block_size(rows.vocab_size),
-            **chunks_of(rows.vocab_size),
-            **LAUNCH,
-        )
+        values = (search, rows, wanted, peaks, peak, floor, num_rows, number)
+        _search_kernel[grid](*values, IS_MASS=is_mass, BLOCK=block, **chunks, **LAUNCH)
     return search
 
 

@@ -185,3 +185,33 @@ def check_philox(device: torch.device) -> None:
     k0, k1 = columns(1)
     for word, expected in zip(philox_reference.philox((k0, k1), (c0, c1, c2, c3)), columns(2), strict=True):
         assert torch.equal(word, expected)
+
+
+NOISE_SEEDS = (0, 1, -1, 2**63 - 1, -(2**63), -(2**40) + 12345, 1)
+NOISE_POSITIONS = (0, 0, 5, 131071, 7, 321, 2**31)
+
+
+def check_philox_words(device: torch.device) -> None:
+    """The integers inside of Triton kernels are the reference's, bit for bit."""
+    from tests.kernels.noise_words import noise_words
+
+    vocab_size = 5003
+    seed, position = torch.tensor(NOISE_SEEDS), torch.tensor(NOISE_POSITIONS)
+    key = ((seed & 0xFFFFFFFF)[:, None], ((seed >> 32) & 0xFFFFFFFF)[:, None])
+    zero = torch.zeros_like(key[0])
+    counter = torch.arange((vocab_size + 3) // 4)[None]
+    words = philox_reference.philox(key, (counter, position[:, None], zero, zero))
+    expected = torch.stack(torch.broadcast_tensors(*words), dim=-1).flatten(1)[:, :vocab_size]
+    assert torch.equal(noise_words(seed.to(device), position.to(device), vocab_size).cpu(), expected)
+
+
+def check_noise(device: torch.device) -> None:
+    """Below -2, which no argmax takes, float32 is coarse and logarithms may round differently."""
+    from kernels.philox import triton
+
+    seed, position = torch.tensor(NOISE_SEEDS), torch.tensor(NOISE_POSITIONS)
+    expected = philox_reference.gumbel(seed, position, 5003, torch.float64)
+    noise = triton.gumbel(seed.to(device), position.to(device), 5003, torch.float32).cpu()
+    upper = expected > -2
+    torch.testing.assert_close(noise.double()[upper], expected[upper], atol=2e-5, rtol=1e-5)
+    assert noise[~upper].max() < -1.99
