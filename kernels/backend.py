@@ -22,6 +22,8 @@ from kernels.rope_kv_write import reference as rope_reference
 from kernels.rope_kv_write.metadata import RopeMetadata
 from kernels.sampling import reference as sampling_reference
 from kernels.swiglu import reference as swiglu_reference
+from kernels.verify import reference as verify_reference
+from kernels.verify.reference import Verified
 
 PrepareLinear = Callable[[Sequence[Weight], torch.dtype, int, Callable[[str], None]], ChoiceTable | None]
 """Chooses implementations for the model's weights, the type of its rows and the most rows of a step, or checks the one that
@@ -48,6 +50,7 @@ class Kernels:
     paged_attention: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Any, float], Tensor]
     sample_tokens: Callable[[Tensor, Tensor | None, RowSampling, Tensor, int | None], Tensor]
     sample_drafts: Callable[[Tensor, Tensor | None, RowSampling, Tensor, int | None, float | None], tuple[Tensor, Tensor]]
+    verify: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Verified]
     prepare_linear: PrepareLinear
 
 
@@ -70,6 +73,7 @@ REFERENCE = Kernels(
     paged_attention=paged_attention_reference.paged_attention,
     sample_tokens=sampling_reference.sample_tokens,
     sample_drafts=sampling_reference.sample_drafts,
+    verify=verify_reference.verify,
     prepare_linear=nothing_to_prepare,
 )
 """Plain torch on any device, with gradients: training uses it, too."""
@@ -105,6 +109,7 @@ def triton_kernels(num_kv_heads: int) -> Kernels:
     from kernels.rope_kv_write import triton as rope_kv_write
     from kernels.sampling import triton as sampling
     from kernels.swiglu import triton as swiglu
+    from kernels.verify import triton as verify
 
     linear = TunedLinear()
     return replace(
@@ -121,4 +126,5 @@ def triton_kernels(num_kv_heads: int) -> Kernels:
         paged_attention=paged_attention.paged_attention,
         sample_tokens=sampling.sample_tokens,
         sample_drafts=sampling.sample_drafts,
+        verify=verify.verify,
     )

@@ -19,11 +19,12 @@ from engine.decode.inputs import RowBuilder, StepInputs
 from engine.decode.logprobs import prompt_logprobs, verified_logprobs
 from engine.decode.pending import PendingResult
 from engine.decode.sampling import Ahead, row_sampling
-from engine.decode.verify import imposed_drafts, num_accepted
+from engine.decode.verify import imposed_drafts
 from engine.input_batch import InputBatch, SamplingNeeds
 from engine.step import StepPlan
 from kernels.backend import REFERENCE, Kernels
 from kernels.process_logits.metadata import GrammarRows
+from kernels.verify.reference import Verified
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +112,8 @@ class TidarDecoder:
         if self.settings.synthetic_acceptance is not None and layout.max_drafts:
             first_N = inputs.attention.prefix_lengths + layout.num_prefill_N
             drafts_ND = imposed_drafts(sampled_ND, batch.seed_S[slot_N], first_N, self.settings.synthetic_acceptance)
-        accepted_N = num_accepted(sampled_ND, drafts_ND, inputs.num_drafts_N)
+        verified = self.kernels.verify(sampled_ND, drafts_ND, inputs.num_drafts_N, inputs.order_NB, layout.masks_NBK)
+        accepted_N = verified.accepted_N
         is_diffusion_N = batch.is_diffusion_S[slot_N]
         if inputs.has_diffusion:
             accepted_N = torch.where(is_diffusion_N, inputs.num_drafts_N, accepted_N)
@@ -130,7 +132,7 @@ class TidarDecoder:
         if inputs.needs.penalties:
             assert batch.counts is not None
             batch.counts.add(slot_N, tokens_NK, emitted_N)
-        num_held_N = self._hold(inputs, logits_QV, sampled_ND, accepted_N, next_computed_N)
+        num_held_N = self._hold(inputs, logits_QV, verified, next_computed_N)
         if inputs.has_diffusion:
             num_held_N = torch.where(is_diffusion_N, block.num_held_N, num_held_N)
             batch.drafts_SK[slot_N] = torch.where(is_diffusion_N[:, None], block.drafts_NK, batch.drafts_SK[slot_N])
@@ -169,34 +171,28 @@ class TidarDecoder:
         mixed_DV = beta * logits_DV + (1.0 - beta) * logits_QV[place_D]
         return torch.where(is_mixed_D[:, None], mixed_DV, logits_DV)
 
-    def _hold(
-        self, inputs: StepInputs, logits_QV: Tensor, sampled_ND: Tensor, accepted_N: Tensor, next_computed_N: Tensor
-    ) -> Tensor:
+    def _hold(self, inputs: StepInputs, logits_QV: Tensor, verified: Verified, next_computed_N: Tensor) -> Tensor:
         """Write the drafts of the next step; return how many each request now holds."""
         layout, batch = inputs.layout, self.batch
         if layout.max_drafts:
-            last_N = sampled_ND.gather(1, (accepted_N - 1).clamp(min=0)[:, None]).squeeze(1)
             drafts_N = batch.drafts_SK[inputs.slot_N, 0]
-            batch.drafts_SK[inputs.slot_N, 0] = torch.where(inputs.num_drafts_N > 0, last_N, drafts_N)
+            batch.drafts_SK[inputs.slot_N, 0] = torch.where(inputs.num_drafts_N > 0, verified.last_N, drafts_N)
         width = layout.max_block - 1
         if layout.max_branches == 0 or width == 0:
-            return torch.ones_like(accepted_N)
-        is_hit_NB = (inputs.order_NB == (accepted_N - 1)[:, None]) & (accepted_N > 0)[:, None]
-        rank_N = is_hit_NB.int().argmax(dim=1)
-        places_NK = layout.masks_NBK[torch.arange(len(rank_N), device=rank_N.device), rank_N, 1:]
+            return torch.ones_like(next_computed_N)
         # Mask j stands at the position of the token that it drafts, and takes that position's noise.
-        number_K = torch.arange(1, width + 1, device=rank_N.device)
+        number_K = torch.arange(1, width + 1, device=batch.device)
         tokens_Q, probs_Q = self._draw_drafts(
             inputs.needs,
             logits_QV,
-            places_NK.flatten(),
+            verified.place_NK.flatten(),
             inputs.slot_N.repeat_interleave(width),
-            number_K.repeat(len(rank_N)),
+            number_K.repeat(len(next_computed_N)),
             (next_computed_N[:, None] + number_K).flatten(),
         )
         batch.drafts_SK[inputs.slot_N, 1 : width + 1] = tokens_Q.view(-1, width)
         batch.draft_probs_SK[inputs.slot_N, 1 : width + 1] = probs_Q.view(-1, width)
-        return torch.where(is_hit_NB.any(dim=1), layout.block_length_N, 1)
+        return torch.where(verified.is_hit_N, layout.block_length_N, 1)
 
     def _draw_drafts(
         self,

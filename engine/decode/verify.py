@@ -8,20 +8,6 @@ from torch import Tensor
 from kernels.philox.reference import philox
 
 
-def num_accepted(sampled_ND: Tensor, drafts_ND: Tensor, num_drafts_N: Tensor) -> Tensor:
-    """How many drafts each request commits, [N], at least 1 where there is a draft at all.
-
-    ``sampled[i]`` is the token that verification takes after draft ``i``. Draft 0 is certain; draft ``i`` is accepted while it
-    equals ``sampled[i - 1]`` and all before it were accepted.
-    """
-    first = num_drafts_N.clamp(max=1)
-    if sampled_ND.shape[1] < 2:
-        return first
-    index = torch.arange(1, sampled_ND.shape[1], device=sampled_ND.device)
-    matches = (sampled_ND[:, :-1] == drafts_ND[:, 1:]) & (index < num_drafts_N[:, None])
-    return first + matches.cumprod(dim=1).sum(dim=1)
-
-
 def imposed_drafts(sampled_ND: Tensor, seed_N: Tensor, position_N: Tensor, chance: float) -> Tensor:
     """Drafts [N, D] that are accepted by a coin, independently with ``chance`` each, whatever was guessed: for benchmarks.
 

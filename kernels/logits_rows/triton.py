@@ -24,7 +24,8 @@ _MAX_BLOCK = 4096
 class Rows(NamedTuple):
     """What kernels read of Q rows: raw logits, and parameters [Q] or None. The numbers are of the vocabulary.
 
-    ``place``: the row of the logits that each reads; None: its own. ``grammar_row``: which of the masks binds it, -1 for none.
+    ``place``: the row of the logits that each reads, -1 for a row that is not wanted; None: its own. ``grammar_row``: which of
+    the masks binds it, -1 for none.
     """
 
     logits: Tensor
@@ -55,12 +56,21 @@ def chunks_of(vocab_size: int) -> dict[str, int]:
 
 
 @triton.jit
+def is_wanted(rows, q):
+    """Whether row ``q`` has a place."""
+    wanted = q >= 0
+    if rows.place is not None:
+        wanted = tl.load(rows.place + q) >= 0
+    return wanted
+
+
+@triton.jit
 def processed_tile(rows, q, token):
     """Row ``q``'s logits at ``token`` up to temperature, float32; -inf beyond the vocabulary."""
     in_vocab = token < rows.vocab_size
     place = q
     if rows.place is not None:
-        place = tl.load(rows.place + q)
+        place = tl.maximum(tl.load(rows.place + q), 0)
     x = tl.load(rows.logits + place.to(tl.int64) * rows.stride + token, mask=in_vocab, other=float("-inf")).to(tl.float32)
     x = tl.where(token == rows.mask_token_id, float("-inf"), x)
     if rows.grammar_row is not None:

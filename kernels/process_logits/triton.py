@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.logits_rows.triton import LAUNCH, Rows, bind_rows, block_size, chunks_of, processed_tile
+from kernels.logits_rows.triton import LAUNCH, Rows, bind_rows, block_size, chunks_of, is_wanted, processed_tile
 from kernels.process_logits.metadata import RowSampling
 
 _CANDIDATES = tl.constexpr(16)
@@ -154,7 +154,7 @@ def _search_kernel(
     chunk = tl.program_id(1)
     goal = tl.load(wanted + q).to(tl.float32)
     is_on = goal < 1.0 if IS_MASS else goal > 0.0
-    is_on &= tl.load(rows.temperature + q) != 0
+    is_on &= (tl.load(rows.temperature + q) != 0) & is_wanted(rows, q)
     cell = round * num_rows + q
     low = tl.full([], _LOWEST, tl.int32)
     above = tl.full([], 0.0, tl.float32)

@@ -18,7 +18,8 @@ def sample_tokens(
 ) -> Tensor:
     """The token that each of Q rows takes, [Q].
 
-    Row ``i`` reads the logits in row ``place[i]``, or row ``i`` for None. ``position_Q`` is that of the token being sampled.
+    Row ``i`` reads the logits in row ``place[i]``, or row ``i`` for None; where that is -1 the result is meaningless, but a
+    token. ``position_Q`` is that of the token being sampled.
     """
     processed_QV = process_logits(logits_RV if place_Q is None else logits_RV[place_Q], sampling, mask_token_id)
     return sample(processed_QV, sampling, position_Q)

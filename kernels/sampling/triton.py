@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.logits_rows.triton import LAUNCH, bind_rows, block_size, chunks_of, processed_tile
+from kernels.logits_rows.triton import LAUNCH, bind_rows, block_size, chunks_of, is_wanted, processed_tile
 from kernels.philox.triton import gumbel_tile
 from kernels.process_logits.metadata import RowSampling
 from kernels.process_logits.triton import find_cut, truncated_tile
@@ -40,48 +40,50 @@ def _draw_kernel(
     """
     q = tl.program_id(0)
     chunk = tl.program_id(1)
-    token = chunk * BLOCK + tl.arange(0, BLOCK)
-    x = truncated_tile(processed_tile(rows, q, token), cut, q, chunk, CHUNKS, CHUNKS_PADDED)
-    score = x
-    if seed is not None:  # noqa: SIM102 - known when the kernel is compiled, unlike the temperature
-        if tl.load(rows.temperature + q) != 0:
-            noise = gumbel_tile(tl.load(seed + q), tl.load(position + q), chunk * BLOCK, BLOCK)
-            if noise_scale is not None:
-                noise *= tl.load(noise_scale + q)
-            score = x + noise
-    best = tl.max(score, 0)
-    taken = tl.min(tl.where(score == best, token, 2147483647), 0)
-    cell = q * CHUNKS + chunk
-    tl.store(partial_token + cell, taken)
-    tl.store(partial + cell * 4, best)
-    if HAS_PROBABILITY:
-        peak = tl.max(x, 0)
-        tl.store(partial + cell * 4 + 1, tl.sum(tl.where(token == taken, x, 0.0), 0))
-        tl.store(partial + cell * 4 + 2, peak)
-        tl.store(partial + cell * 4 + 3, tl.sum(tl.exp(x - tl.where(peak == float("-inf"), 0.0, peak)), 0))
+    if is_wanted(rows, q):
+        token = chunk * BLOCK + tl.arange(0, BLOCK)
+        x = truncated_tile(processed_tile(rows, q, token), cut, q, chunk, CHUNKS, CHUNKS_PADDED)
+        score = x
+        if seed is not None:  # noqa: SIM102 - known when the kernel is compiled, unlike the temperature
+            if tl.load(rows.temperature + q) != 0:
+                noise = gumbel_tile(tl.load(seed + q), tl.load(position + q), chunk * BLOCK, BLOCK)
+                if noise_scale is not None:
+                    noise *= tl.load(noise_scale + q)
+                score = x + noise
+        best = tl.max(score, 0)
+        taken = tl.min(tl.where(score == best, token, 2147483647), 0)
+        cell = q * CHUNKS + chunk
+        tl.store(partial_token + cell, taken)
+        tl.store(partial + cell * 4, best)
+        if HAS_PROBABILITY:
+            peak = tl.max(x, 0)
+            tl.store(partial + cell * 4 + 1, tl.sum(tl.where(token == taken, x, 0.0), 0))
+            tl.store(partial + cell * 4 + 2, peak)
+            tl.store(partial + cell * 4 + 3, tl.sum(tl.exp(x - tl.where(peak == float("-inf"), 0.0, peak)), 0))
 
 
 @triton.jit
 def _merge_kernel(
-    token, probability, partial, partial_token, CHUNKS, CHUNKS_PADDED: tl.constexpr, HAS_PROBABILITY: tl.constexpr
+    token, probability, partial, partial_token, rows, CHUNKS, CHUNKS_PADDED: tl.constexpr, HAS_PROBABILITY: tl.constexpr
 ):
-    """Best token of every row, and its probability."""
+    """Best token of every row, and its probability; token 0 of a row that is not wanted."""
     q = tl.program_id(0)
     chunk = tl.arange(0, CHUNKS_PADDED)
-    is_chunk = chunk < CHUNKS
+    wanted = is_wanted(rows, q)
+    is_chunk = (chunk < CHUNKS) & wanted
     cell = q * CHUNKS + chunk
     score = tl.load(partial + cell * 4, mask=is_chunk, other=float("-inf"))
     tokens = tl.load(partial_token + cell, mask=is_chunk, other=2147483647)
     taken = tl.min(tl.where(score == tl.max(score, 0), tokens, 2147483647), 0)
-    tl.store(token + q, taken.to(tl.int64))
+    tl.store(token + q, tl.where(wanted, taken, 0).to(tl.int64))
     if HAS_PROBABILITY:
         logit = tl.load(partial + cell * 4 + 1, mask=is_chunk, other=0.0)
         peak = tl.load(partial + cell * 4 + 2, mask=is_chunk, other=float("-inf"))
         total = tl.load(partial + cell * 4 + 3, mask=is_chunk, other=0.0)
-        highest = tl.max(peak, 0)
-        weight = tl.where(total > 0.0, tl.exp(peak - highest) * total, 0.0)
-        chosen = tl.sum(tl.where(tokens == taken, logit, 0.0), 0)
-        tl.store(probability + q, tl.exp(chosen - highest) / tl.sum(weight, 0))
+        highest = tl.where(wanted, tl.max(peak, 0), 0.0)
+        whole = tl.sum(tl.where(total > 0.0, tl.exp(peak - highest) * total, 0.0), 0)
+        chosen = tl.sum(tl.where(is_chunk & (tokens == taken), logit, 0.0), 0)
+        tl.store(probability + q, tl.exp(chosen - highest) / tl.where(wanted, whole, 1.0))
 
 
 def sample_tokens(
@@ -128,5 +130,5 @@ def _draw(
     seed = sampling.seed if is_noisy else None
     block = block_size(rows.vocab_size)
     _draw_kernel[grid](partial, partial_token, rows, cut, seed, position_Q, scale, BLOCK=block, **options)
-    _merge_kernel[(num_rows,)](token_Q, probability_Q, partial, partial_token, **options)
+    _merge_kernel[(num_rows,)](token_Q, probability_Q, partial, partial_token, rows, **options)
     return token_Q, probability_Q

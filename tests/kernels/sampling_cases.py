@@ -157,6 +157,12 @@ def check_verifying_draws(module: ModuleType, logits: Tensor, sampling: RowSampl
     place = torch.arange(len(logits), device=logits.device) * 7 % (len(logits) - 1)
     position = torch.arange(len(logits), device=logits.device) + 10**5
     drafts = module.sample_drafts(logits, place, sampling, position, MASK, None)[0]
+    unwanted = place.masked_fill(place == 1, -1)
+    some, probs = module.sample_drafts(logits, unwanted, sampling, position, MASK, None)
+    assert torch.equal(some[place != 1], drafts[place != 1])
+    assert ((some >= 0) & (some < logits.shape[1]) & (probs >= 0)).all(), (
+        "where nothing is wanted there is a token all the same"
+    )
     assert torch.equal(module.sample_tokens(logits, place, sampling, position, MASK), drafts)
     assert torch.equal(module.sample_tokens(logits[place], None, sampling, position, MASK), drafts)
 

@@ -5,7 +5,8 @@ import random
 import pytest
 import torch
 
-from engine.decode.verify import imposed_drafts, num_accepted, rank_branches
+from engine.decode.verify import imposed_drafts, rank_branches
+from kernels.verify.reference import num_accepted
 
 
 def accepted(sampled: list[int], drafts: list[int], num_drafts: int) -> int:
