@@ -93,9 +93,10 @@ def _top_k_top_p(logits: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
     last = torch.where(top_k > 0, top_k, vocab_size).clamp(max=vocab_size) - 1
     ordered = ordered.masked_fill(ordered < ordered.gather(-1, last[:, None]), float("-inf"))
     probs = ordered.softmax(dim=-1)
-    before = probs.cumsum(dim=-1) - probs
+    # The float32 sum inside of a softmax of 100,000 tokens is off by the probability of several: they need not add up to 1.
+    until = probs.cumsum(dim=-1, dtype=torch.float64)
     # A row with top_p 1 keeps everything, whatever the rounding of the sum.
-    drop = (before >= top_p[:, None].to(probs.dtype)) & (top_p < 1)[:, None]
+    drop = (until - probs >= top_p[:, None] * until[:, -1:]) & (top_p < 1)[:, None]
     drop[:, 0] = False
     ordered = ordered.masked_fill(drop, float("-inf"))
     return torch.empty_like(logits).scatter_(-1, order, ordered)
