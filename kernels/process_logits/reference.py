@@ -6,6 +6,7 @@ temperature, min-p, top-k, top-p. Shape suffixes as in ``kernels.process_logits.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -88,15 +89,25 @@ def _top_k_top_p(logits: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
     Tokens that tie with the last one kept by top-k stay, as in vLLM. Of tokens that tie at the end of top-p the first ids
     stay. The likeliest token always stays.
     """
-    ordered, order = logits.sort(dim=-1, descending=True, stable=True)
+    ordered = _descending(logits)
     vocab_size = logits.shape[-1]
     last = torch.where(top_k > 0, top_k, vocab_size).clamp(max=vocab_size) - 1
-    ordered = ordered.masked_fill(ordered < ordered.gather(-1, last[:, None]), float("-inf"))
-    probs = ordered.softmax(dim=-1)
+    kth = ordered.gather(-1, last[:, None])
+    probs = ordered.masked_fill(ordered < kth, float("-inf")).softmax(dim=-1)
     # The float32 sum inside of a softmax of 100,000 tokens is off by the probability of several: they need not add up to 1.
-    until = probs.cumsum(dim=-1, dtype=torch.float64)
+    until = probs.cumsum(dim=-1)
     # A row with top_p 1 keeps everything, whatever the rounding of the sum.
-    drop = (until - probs >= top_p[:, None] * until[:, -1:]) & (top_p < 1)[:, None]
-    drop[:, 0] = False
-    ordered = ordered.masked_fill(drop, float("-inf"))
-    return torch.empty_like(logits).scatter_(-1, order, ordered)
+    stays = (until - probs < top_p[:, None].to(probs.dtype) * until[:, -1:]) | (top_p >= 1)[:, None]
+    stays[:, 0] = True
+    threshold = torch.maximum(ordered.gather(-1, stays.sum(dim=-1, keepdim=True) - 1), kth)
+    num_ties = (stays & (ordered == threshold)).sum(dim=-1, keepdim=True)
+    is_tie = logits == threshold
+    keep = (logits > threshold) | (is_tie & (is_tie.cumsum(dim=-1, dtype=torch.int32) <= num_ties))
+    return logits.masked_fill(~keep, float("-inf"))
+
+
+def _descending(logits: Tensor) -> Tensor:
+    """Every row's values in descending order. On a CPU NumPy sorts, which is several times as fast without the indices."""
+    if logits.device.type == "cpu":
+        return torch.from_numpy(np.sort(logits.numpy(), axis=-1)).flip(-1)
+    return logits.sort(dim=-1, descending=True).values
