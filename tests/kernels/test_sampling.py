@@ -124,7 +124,7 @@ def test_a_greedy_batch_takes_the_first_of_the_largest(sampler, device):
 
 
 def test_a_large_vocabulary(processing, sampler, device):
-    """With a stride, and rows that a model would give: bfloat16 has too few values, so many tokens tie."""
+    """With a stride. 131,072 values in float16: many tokens tie."""
     rows = (Row(seed=3), Row(top_p=0.95, seed=4))
     logits = random_logits(2, 131_080, torch.float16, device)[:, :131_072]
     sampling = sampling_of(rows, device)
