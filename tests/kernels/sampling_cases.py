@@ -94,7 +94,7 @@ def constraints(rows: int, vocab_size: int, device: torch.device) -> dict[str, d
     mask = torch.randint(-(2**31), 2**31, (3, words), generator=generator).to(torch.int32)
     mask[2] = 0
     mask[2, 0] = 1 << 5  # one token alone
-    grammar = GrammarRows(torch.tensor([4, 0, rows - 1], device=device), mask.to(device))
+    grammar = GrammarRows(torch.tensor([rows - 2, 0, rows - 1], device=device), mask.to(device))
     ids = torch.randint(1, vocab_size, (rows, 6), generator=generator).to(device)
     ids[:, 0], ids[:, 4:] = 5, 0
     values = torch.tensor([-100.0, 3.25, -0.1, 7.0, 0.0, 0.0], dtype=torch.float64, device=device).expand(rows, -1)

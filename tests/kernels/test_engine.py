@@ -11,7 +11,7 @@ from engine.config import RopeConfig
 from engine.messages import GenerateRequest
 from engine.models.transformer import Transformer
 from engine.sampling_params import DecodingMode, SamplingParams
-from kernels.backend import REFERENCE, Kernels, nothing_to_tune, triton_kernels
+from kernels.backend import REFERENCE, Kernels, nothing_to_prepare, triton_kernels
 from tests.engine.driver import drive
 from tests.engine.tiny import ARCHITECTURES, tiny_engine, tiny_model
 
@@ -22,14 +22,16 @@ PROMPTS = ((4, 1, 4, 1, 5, 2, 6, 5, 8, 5), (2, 9, 1))
 
 
 def answers(kernels: Kernels, architecture: str, device: torch.device) -> tuple[dict[str, tuple[int, ...]], torch.Tensor]:
-    """Greedy tokens of two requests that draft, and the keys that they left in the cache."""
+    """Tokens of two requests that draft, a greedy one and a sampled one, and the keys that they left in the cache."""
     config = replace(ARCHITECTURES[architecture], rope=SCALED)
     model = Transformer(config, kernels).float().requires_grad_(False)
     model.load_state_dict(tiny_model(architecture, 0, 1.0).state_dict())
     model.to(device)
     core = tiny_engine(model, page_size=8, num_pages=12, max_num_seqs=2, num_branches=2, block_length=3, prefix_caching=False)
-    params = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True)
-    transcript = drive(core, [GenerateRequest(f"r{i}", prompt, params, DecodingMode.TIDAR) for i, prompt in enumerate(PROMPTS)])
+    greedy = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True)
+    both = (greedy, replace(greedy, temperature=1.1, top_k=12, top_p=0.9, seed=5))
+    requests = [GenerateRequest(f"r{i}", PROMPTS[i], params, DecodingMode.TIDAR) for i, params in enumerate(both)]
+    transcript = drive(core, requests)
     keys = torch.stack([tensor for layer in core.runner.cache.layers for tensor in layer])
     return {name: transcript.tokens(name) for name in transcript.outputs}, keys[:, 1:]
 
@@ -38,7 +40,7 @@ def answers(kernels: Kernels, architecture: str, device: torch.device) -> tuple[
 def test_an_engine_on_triton_gives_what_one_on_the_reference_does(architecture: str, device: torch.device) -> None:
     expected, expected_cache = answers(REFERENCE, architecture, device)
     # The linear layers choose by timing on a GPU; unmeasured ones are the library's.
-    kernels = replace(triton_kernels(num_kv_heads=2), tune_linear=nothing_to_tune)
+    kernels = replace(triton_kernels(num_kv_heads=2), prepare_linear=nothing_to_prepare)
     given, cache = answers(kernels, architecture, device)
     assert given == expected
     torch.testing.assert_close(cache, expected_cache, atol=1e-4, rtol=1e-4)
