@@ -180,7 +180,8 @@ def _pages(
     size = num_pages * needs.page_bytes / 2**30
     progress(f"allocating {num_pages} KV pages of {cache.page_size} tokens, {size:.2f} GiB")
     tensors = KVCache(model.config, num_pages, cache.page_size, weight.dtype, weight.device)
-    kv = KVCacheManager(PagePool(num_pages), cache.page_size, cache.enable_prefix_caching)
+    num_sequences = config.scheduler.max_num_seqs
+    kv = KVCacheManager(PagePool(num_pages), cache.page_size, num_sequences, cache.enable_prefix_caching)
     return kv, ModelRunner(model, tensors)
 
 

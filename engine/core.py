@@ -11,7 +11,7 @@ from engine.cuda_graphs import StepGraphs
 from engine.decode.pending import PendingResult
 from engine.decode.tidar import TidarDecoder
 from engine.grammar import CompiledGrammar, GrammarCompiler, GrammarError
-from engine.messages import EngineInfo, GenerateRequest, GrammarSpec, RequestOutput, StepOutputs
+from engine.messages import NO_TOKENS, EngineInfo, GenerateRequest, GrammarSpec, StepOutputs
 from engine.model_runner import ModelRunner
 from engine.scheduler import Scheduler
 from engine.step import StepPlan
@@ -68,7 +68,7 @@ class EngineCore:
         """Launch the next step if there is one, read the oldest launched one if it is due."""
         begun = time.perf_counter()
         counters = self.scheduler.counters
-        outputs: list[RequestOutput] = self.scheduler.take_rejected()
+        others, tokens = self.scheduler.take_rejected(), NO_TOKENS
         plan = self.scheduler.schedule()
         scheduled = time.perf_counter()
         if plan is not None:
@@ -78,12 +78,13 @@ class EngineCore:
             oldest, pending = self._launched.popleft()
             result = pending.read()
             read = time.perf_counter()
-            outputs += self.scheduler.apply(oldest, result)
+            answers, tokens = self.scheduler.apply(oldest, result)
+            others += answers
             counters.num_steps += 1
             applied = time.perf_counter()
         counters.step_seconds += applied - begun
         counters.host_seconds += (scheduled - begun) + (applied - read)
-        return StepOutputs(tuple(outputs), self.scheduler.stats())
+        return StepOutputs(self.scheduler.stats(), tuple(others), tokens)
 
 
 @torch.inference_mode()

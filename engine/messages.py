@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
 
 from engine.sampling_params import DecodingMode, SamplingParams
 
@@ -164,12 +168,54 @@ class EngineStats:
     plan_goodput: tuple[tuple[str, float], ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class StepOutputs:
-    """Everything one engine step has to say."""
+@dataclass(frozen=True, slots=True, eq=False)
+class TokenColumns:
+    """What a step gave the N requests that gained tokens and nothing else: hundreds of them as a few arrays.
 
-    outputs: tuple[RequestOutput, ...]
+    ``counts`` [N] of ``token_ids`` are each request's, one request after the other; ``speculation`` [N, 4] has the fields of
+    ``SpeculationStats``, each request's total so far.
+    """
+
+    request_ids: tuple[str, ...]
+    counts: NDArray[np.int64]
+    token_ids: NDArray[np.int64]
+    speculation: NDArray[np.int64]
+
+    def rows(self) -> Iterator[tuple[str, list[int], list[int]]]:
+        """Of each request: its id, its tokens, and the numbers of its speculation."""
+        token_ids, end = self.token_ids.tolist(), 0
+        for name, count, speculation in zip(self.request_ids, self.counts.tolist(), self.speculation.tolist(), strict=True):
+            yield name, token_ids[end : end + count], speculation
+            end += count
+
+
+NO_TOKENS = TokenColumns((), np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros((0, 4), np.int64))
+"""Of a step in which nobody gained tokens alone."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StepOutputs:
+    """Everything one engine step has to say, about each request once.
+
+    ``others`` are the outputs that have more to tell than ``tokens``: the first of a request, its last, log-probabilities,
+    errors.
+    """
+
     stats: EngineStats
+    others: tuple[RequestOutput, ...] = ()
+    tokens: TokenColumns = NO_TOKENS
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no request is spoken of."""
+        return not self.others and not self.tokens.request_ids
+
+    @property
+    def outputs(self) -> tuple[RequestOutput, ...]:
+        """All of it request by request."""
+        rows = self.tokens.rows()
+        plain = (RequestOutput(name, tuple(ids), speculation=SpeculationStats(*counts)) for name, ids, counts in rows)
+        return (*self.others, *plain)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ import queue
 import signal
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from ctypes import c_double
 from dataclasses import replace
 from multiprocessing import resource_tracker
@@ -36,6 +36,7 @@ from engine.messages import (
     Progress,
     RequestOutput,
     Shutdown,
+    SpeculationStats,
     StepOutputs,
     TokenLogprobs,
 )
@@ -50,24 +51,32 @@ SHUT_DOWN = "the engine was shut down"
 class _Inbox:
     """A request's outputs that nobody has read yet, merged into one, so that a slow reader holds at most one."""
 
-    def __init__(self, num_prompt_tokens: int) -> None:
+    def __init__(self, request_id: str, num_prompt_tokens: int) -> None:
         self.num_prompt_tokens = num_prompt_tokens
         self.has_started = False
+        self._nothing = RequestOutput(request_id, ())
         self._token_ids: list[int] = []
         self._logprobs: list[TokenLogprobs] = []
         self._prompt_logprobs: list[TokenLogprobs] = []
-        self._latest: RequestOutput | None = None
+        self._latest = self._nothing
+        self._speculation: list[int] | None = None
         self._death: str | None = None
+        self._is_empty = True
         self._changed = asyncio.Event()
 
     def put(self, output: RequestOutput) -> None:
         """Append the tokens; the fields that tell of the end are those of the later output."""
-        cached = max(output.num_cached_tokens, self._latest.num_cached_tokens if self._latest else 0)
-        self._token_ids.extend(output.token_ids)
+        cached = max(output.num_cached_tokens, self._latest.num_cached_tokens)
         self._logprobs.extend(output.logprobs)
         self._prompt_logprobs.extend(output.prompt_logprobs)
         self._latest = replace(output, num_cached_tokens=cached)
-        self.has_started = True
+        self.put_tokens(output.token_ids, None)
+
+    def put_tokens(self, token_ids: Sequence[int], speculation: list[int] | None) -> None:
+        """Append tokens that have nothing else with them than the request's ``SpeculationStats`` so far, in their order."""
+        self._token_ids.extend(token_ids)
+        self._speculation = speculation
+        self._is_empty, self.has_started = False, True
         self._changed.set()
 
     def fail(self, message: str) -> None:
@@ -77,18 +86,20 @@ class _Inbox:
 
     async def get(self) -> RequestOutput:
         """Everything since the last call, as one output; waits for some."""
-        while self._latest is None:
+        while self._is_empty:
             if self._death is not None:
                 raise EngineDeadError(self._death)
             self._changed.clear()
             await self._changed.wait()
+        latest = self._latest
         output = replace(
-            self._latest,
+            latest,
             token_ids=tuple(self._token_ids),
+            speculation=latest.speculation if self._speculation is None else SpeculationStats(*self._speculation),
             logprobs=tuple(self._logprobs),
             prompt_logprobs=tuple(self._prompt_logprobs),
         )
-        self._latest = None
+        self._latest, self._is_empty = self._nothing, True
         for gathered in (self._token_ids, self._logprobs, self._prompt_logprobs):
             gathered.clear()
         return output
@@ -199,7 +210,7 @@ class AsyncEngine:
         if request.request_id in self._inboxes:
             raise ValueError(f"request {request.request_id!r} is already running")
         self._check_room(request)
-        inbox = _Inbox(len(request.prompt_token_ids))
+        inbox = _Inbox(request.request_id, len(request.prompt_token_ids))
         stream = OutputStream(inbox, lambda: self._abandon(request.request_id), loop)
         self._inboxes[request.request_id] = inbox
         self._num_waiting_tokens += inbox.num_prompt_tokens
@@ -315,8 +326,12 @@ class AsyncEngine:
         match message:
             case StepOutputs():
                 self._stats = message.stats
-                for output in message.outputs:
+                for output in message.others:
                     self._deliver(output)
+                for request_id, token_ids, speculation in message.tokens.rows():
+                    inbox = self._started(request_id)
+                    if inbox is not None:
+                        inbox.put_tokens(token_ids, speculation)
             case Progress():
                 if self._on_progress is not None:
                     self._on_progress(message.message)
@@ -327,14 +342,19 @@ class AsyncEngine:
                 self._failure = message.message
 
     def _deliver(self, output: RequestOutput) -> None:
-        inbox = self._inboxes.get(output.request_id)
-        if inbox is None:  # aborted, and the engine had not heard of it yet
+        inbox = self._started(output.request_id)
+        if inbox is None:
             return
-        if not inbox.has_started:
-            self._num_waiting_tokens -= inbox.num_prompt_tokens
         inbox.put(output)
         if output.finish_reason is not None:
             del self._inboxes[output.request_id]
+
+    def _started(self, request_id: str) -> _Inbox | None:
+        """The inbox of a request that has an output now; None if it was aborted, and the engine had not heard of it yet."""
+        inbox = self._inboxes.get(request_id)
+        if inbox is not None and not inbox.has_started:
+            self._num_waiting_tokens -= inbox.num_prompt_tokens
+        return inbox
 
     def _abandon(self, request_id: str) -> None:
         inbox = self._inboxes.pop(request_id, None)

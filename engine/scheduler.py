@@ -5,84 +5,68 @@ the certain draft of a decode step. Chunked prefill, prefix hits and resumption 
 
 With a loop depth of 1 a step is scheduled while the one before it has not been read. Everything here therefore works with
 bounds: what a request has certainly and at most reached once its launched steps are done.
+
+All requests of a step are planned and read together, as columns (``engine/request_table.py``); only those to which something
+happens are looked at one by one. Shape suffixes: N requests of a step.
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping
 
+import numpy as np
+
+from engine.answers import AnswerWriter, error_output
 from engine.config import SchedulerConfig
-from engine.decode.auto import GoodputPolicy
+from engine.decode.planner import DraftPlanner
 from engine.decode.policy import DraftPolicy
 from engine.grammar import CompiledGrammar
-from engine.kv_cache_manager import KVCacheManager, SequenceCache
-from engine.messages import (
-    EngineStats,
-    FinishReason,
-    GenerateRequest,
-    RequestOutput,
-    RequestTimes,
-    SpeculationStats,
-    TokenLogprobs,
-)
+from engine.judged import JudgedStep
+from engine.kv_cache_manager import KVCacheManager
+from engine.messages import EngineStats, GenerateRequest, RequestOutput, TokenColumns
+from engine.refusals import problem_with
 from engine.request import Request, RequestStatus
+from engine.request_table import RequestTable
+from engine.reservation import PageReservation
 from engine.sampling_params import DecodingMode
+from engine.shares import BRANCHES, DRAFTS, PREFILL, TARGETS, Shares, together
 from engine.stats import EngineCounters
-from engine.step import (
-    NO_DRAFTS,
-    Admission,
-    DraftPlan,
-    RequestResult,
-    ScheduledRequest,
-    StepPlan,
-    StepResult,
-)
+from engine.step import Admission, IntArray, StepPlan, StepResult, columns
+from engine.stopping import StopTable
 
-
-class _PlanBuilder:
-    """Collects one step's plan; ``budget`` is how many rows are left."""
-
-    def __init__(self, budget: int) -> None:
-        self.budget = budget
-        self.shares: list[tuple[Request, ScheduledRequest]] = []
-        self.admissions: list[Admission] = []
-        self.page_updates: list[tuple[int, int, int]] = []
-        self.preempted = False
-
-    def build(self, step_id: int) -> StepPlan | None:
-        if not self.shares:
-            return None
-        return StepPlan.of(step_id, [share for _, share in self.shares], self.admissions, self.page_updates)
-
-    def update_pages(self, slot: int, first: int, page_ids: Sequence[int]) -> None:
-        self.page_updates += [(slot, number, page) for number, page in enumerate(page_ids, start=first)]
+NO_NUMBERS: IntArray = np.zeros(0, dtype=np.int64)
 
 
 class Scheduler:
-    """The queues and the only writer of requests."""
+    """The queues and the only writer of requests and their table."""
 
     def __init__(
         self,
         config: SchedulerConfig,
         kv: KVCacheManager,
-        policies: dict[DecodingMode, DraftPolicy],
+        policies: Mapping[DecodingMode, DraftPolicy],
         eos_token_ids: tuple[int, ...],
         max_model_len: int,
     ) -> None:
-        self.config, self.kv, self.policies = config, kv, policies
+        self.config, self.kv, self.planner = config, kv, DraftPlanner(policies)
         self.eos_token_ids, self.max_model_len = frozenset(eos_token_ids), max_model_len
         self.waiting: deque[Request] = deque()
-        self.running: list[Request] = []
         self.requests: dict[str, Request] = {}
+        self.table = RequestTable(config.max_num_seqs, max_model_len)
+        self.stops = StopTable()
         self.counters = EngineCounters()
-        self._auto = next((p for p in policies.values() if isinstance(p, GoodputPolicy)), None)
-        self._free_slots = list(reversed(range(config.max_num_seqs)))
+        self._pages = PageReservation(kv, self.table, lambda: self._preempt(self.running[-1]))
+        self._answers = AnswerWriter(self.table)
         self._rejected: list[RequestOutput] = []
         self._step_id = 0
-        self._launched: dict[int, list[tuple[Request, ScheduledRequest]]] = {}
+        self._launched: dict[int, tuple[StepPlan, IntArray]] = {}
+
+    @property
+    def running(self) -> list[Request]:
+        """The requests that have a slot, oldest first."""
+        return self.table.running
 
     @property
     def has_work(self) -> bool:
@@ -91,39 +75,26 @@ class Scheduler:
 
     def add(self, message: GenerateRequest, grammar: CompiledGrammar | None = None) -> None:
         """Queue a request. One that can never run is answered with an error by the next ``take_rejected``."""
-        problem = self._problem(message)
+        policy = self.planner.number_of(message.decoding)
+        if policy is None:
+            self.reject(message.request_id, f"this checkpoint cannot decode in mode {message.decoding.value!r}")
+            return
+        problem = problem_with(message, self.planner.policies[policy], self.max_model_len)
+        if problem is None and message.request_id in self.requests:
+            problem = f"the request id {message.request_id!r} is in use"
         if problem is not None:
             self.reject(message.request_id, problem)
             return
         stops = frozenset(message.sampling.stop_token_ids)
         if not message.sampling.ignore_eos or message.grammar is not None:
             stops |= self.eos_token_ids
-        request = Request(message, self.policies[message.decoding], stops, list(message.prompt_token_ids), grammar)
+        request = Request(message, policy, stops, np.array(message.prompt_token_ids, dtype=np.int32), grammar)
         self.requests[message.request_id] = request
         self.waiting.append(request)
 
     def reject(self, request_id: str, problem: str) -> None:
         """Have the next ``take_rejected`` answer a request with an error."""
-        self._rejected.append(RequestOutput(request_id, (), FinishReason.ERROR, error=problem))
-
-    def _problem(self, message: GenerateRequest) -> str | None:
-        tokens = len(message.prompt_token_ids)
-        if tokens == 0:
-            return "the prompt is empty: send at least one token"
-        if tokens + message.sampling.max_tokens > self.max_model_len:
-            return (
-                f"the prompt has {tokens} tokens and {message.sampling.max_tokens} more are wanted, but the context holds "
-                f"{self.max_model_len}: shorten the prompt or lower max_tokens"
-            )
-        if message.decoding not in self.policies:
-            return f"this checkpoint cannot decode in mode {message.decoding.value!r}"
-        if self.policies[message.decoding].mode is DecodingMode.DIFFUSION:
-            problem = diffusion_problem(message)
-            if problem is not None:
-                return problem
-        if message.request_id in self.requests:
-            return f"the request id {message.request_id!r} is in use"
-        return None
+        self._rejected.append(error_output(request_id, problem))
 
     def take_rejected(self) -> list[RequestOutput]:
         """Hand out the answers to requests that can never run."""
@@ -143,111 +114,83 @@ class Scheduler:
 
     def schedule(self) -> StepPlan | None:
         """Plan the next step: running requests oldest first, then waiting ones while rows, slots and pages last."""
-        builder = _PlanBuilder(self.config.max_num_batched_tokens)
-        running = list(self.running)
-        if self._auto is not None and running:
-            self._auto.begin_step(len(running), sum(len(r.token_ids) for r in running) / len(running))
+        budget, slots_N = self.config.max_num_batched_tokens, self.table.slots
+        self.planner.begin_step(self.table.num_tokens_S[slots_N])
         # Drafts and branches of running requests neither take the row of another one nor keep a waiting one out of a free slot.
-        kept_back = self.config.max_num_batched_tokens // 4 if self.waiting and self._free_slots else 0
-        for place, request in enumerate(running):
-            others = len(running) - place - 1
-            if request.status is RequestStatus.RUNNING and builder.budget > others:
-                self._schedule(request, builder, max(1, builder.budget - others - kept_back))
-        while self.waiting and builder.budget > 0 and not builder.preempted and self._free_slots:
-            if not self._admit(self.waiting[0], builder):
-                break
+        kept_back = budget // 4 if self.waiting and self.table.free_slots else 0
+        num_preemptions = self.counters.num_preemptions
+        shares, updates = self._pages.reserve(self._wanted(slots_N).fit(budget, kept_back))
+        self.table.launch(shares.slots_N, shares.shapes_N6)
+        admissions: list[Admission] = []
+        if self.waiting and num_preemptions == self.counters.num_preemptions:
+            admissions, admitted, more = self._admit(budget - int(shares.num_rows().sum()))
+            shares, updates = together([shares, admitted]), [*updates, *more]
         self._step_id += 1
-        if builder.shares:
-            self._launched[self._step_id] = builder.shares
-        return builder.build(self._step_id)
-
-    def _schedule(self, request: Request, builder: _PlanBuilder, budget: int) -> None:
-        """Give a request its share of the step, at most ``budget`` rows."""
-        cache = _cache_of(request)
-        computed = cache.num_computed + sum(len(s.prefill_token_ids) for s in request.in_flight)
-        drafts_in_flight = sum(s.draft_plan.num_drafts for s in request.in_flight)
-        max_computed = computed + drafts_in_flight
-        last = len(request.token_ids) - request.policy.num_emitted(request.num_held)
-        # Once drafts are in flight the prompt is done, and ``token_ids`` lags behind what the device has computed.
-        prefill = () if drafts_in_flight else tuple(request.token_ids[computed : min(last, computed + budget)])
-        plan = NO_DRAFTS
-        if computed + len(prefill) >= last:
-            plan = self._draft_plan(request, budget - len(prefill))
-        if not prefill and plan.num_rows == 0:
-            return
-        plan = self._reserve(request, max_computed + len(prefill), plan, builder)
-        if request.status is not RequestStatus.RUNNING:
-            return
-        share = ScheduledRequest(
-            request.slot,
-            prefill,
-            plan,
-            max_computed,
-            _prompt_targets(request, computed, len(prefill)),
+        if not len(shares):
+            return None
+        prefill_token_ids, prompt_targets = self._prefill(shares)
+        plan = StepPlan(
+            self._step_id,
+            shares.slots_N,
+            shares.shapes_N6,
+            shares.max_computed_N,
+            prefill_token_ids,
+            prompt_targets,
+            tuple(admissions),
+            updates[0] if len(updates) == 1 else np.concatenate(updates),
         )
-        request.in_flight.append(share)
-        builder.shares.append((request, share))
-        builder.budget -= share.num_rows
+        self._launched[plan.step_id] = plan, self.table.epoch_S[plan.slots]
+        return plan
 
-    def _draft_plan(self, request: Request, budget: int) -> DraftPlan:
-        """The policy's choice for what the request holds at most, cut to ``budget`` rows; nothing if it surely ends before."""
-        held, wanted = request.num_held, request.wanted
-        for share in request.in_flight:
-            if share.draft_plan.num_rows:
-                held = share.draft_plan.block_length if share.draft_plan.num_branches else 1
-                wanted -= request.policy.min_emitted
-        if wanted <= 0 or budget <= 0:
-            return NO_DRAFTS
-        plan = request.policy.plan(held, wanted)
-        num_drafts = min(plan.num_drafts, budget)
-        num_branches = min(plan.num_branches, (budget - num_drafts) // plan.branch_rows)
-        return replace(plan, num_drafts=num_drafts, num_branches=num_branches)
+    def _wanted(self, slots_N: IntArray) -> Shares:
+        """The shares of these requests if there were rows and pages for all."""
+        table = self.table
+        computed_N = self.kv.num_computed_S[slots_N] + table.prefill_in_flight_S[slots_N]
+        num_tokens_N, verifies_N, policy_N = (c[slots_N] for c in (table.num_tokens_S, table.verifies_S, table.policy_S))
+        # The drafts that were emitted already are no prefill tokens. With drafts in flight nothing is left to prefill.
+        emitted_N = np.where(verifies_N > 0, 1, table.num_held_S[slots_N])
+        # Tokens wanted at most, once the launched steps have emitted what they surely emit.
+        wanted_N = table.max_length_S[slots_N] - num_tokens_N - verifies_N * table.decodes_in_flight_S[slots_N]
+        shapes_N6 = columns(len(slots_N), 6)
+        shapes_N6[:, PREFILL] = np.maximum(num_tokens_N - emitted_N - computed_N, 0)
+        shapes_N6[:, DRAFTS:TARGETS] = self.planner.plans(policy_N, table.max_held_S[slots_N], wanted_N)
+        return Shares(slots_N, shapes_N6, computed_N + table.drafts_in_flight_S[slots_N])
 
-    def _reserve(self, request: Request, start: int, plan: DraftPlan, builder: _PlanBuilder) -> DraftPlan:
-        """Get pages for the positions below ``start`` and for the drafts behind it.
+    def _admit(self, budget: int) -> tuple[list[Admission], Shares, list[IntArray]]:
+        """Let waiting requests in while there are rows, slots and pages; plan what they compute in this step."""
+        admissions: list[Admission] = []
+        matched: list[IntArray] = []
+        left, promised = budget, 0
+        while self.waiting and self.table.free_slots and left > 0:
+            request = self.waiting[0]
+            slot = self.table.free_slots[-1]
+            # Log-probabilities of the prompt need its rows to be computed.
+            known = request.token_ids[:0] if request.owes_prompt_logprobs else request.token_ids
+            num_cached = self.kv.match_prefix(slot, known, request.message.cache_salt)
+            # Room for all its tokens and the first drafts, or it would soon be preempted again.
+            needed = self.kv.pages_for(len(request.token_ids) + 1) - len(self.kv.page_ids(slot))
+            if not self._pages.can_give(promised + needed):
+                self.kv.free(slot)
+                break
+            self._start(self.waiting.popleft(), num_cached)
+            admissions.append(self._admission(request, num_cached))
+            pages = self.kv.page_ids(slot)
+            matched.append(np.array([(slot, number, page) for number, page in enumerate(pages)], dtype=np.int64).reshape(-1, 3))
+            left -= len(request.token_ids) - num_cached
+            promised += needed
+        shares = self._wanted(np.array([a.slot for a in admissions], dtype=np.int64)).fit(budget, 0)
+        shares, updates = self._pages.reserve(shares)
+        self.table.launch(shares.slots_N, shares.shapes_N6)
+        return admissions, shares, [*matched, *updates]
 
-        When the pool is dry, first the drafts are cut to the pages at hand, then the newest running request is preempted,
-        which may be this one.
-        """
-        cache = _cache_of(request)
-        while True:
-            first = len(cache.page_ids)
-            # A bound of a launched step may lie beyond what the request can ever fill.
-            pages = self.kv.allocate(cache, min(start + plan.num_drafts, request.max_computed))
-            if pages is not None:
-                if pages:
-                    builder.update_pages(request.slot, first, pages)
-                return plan
-            room = first * self.kv.page_size - start
-            if 1 <= room < plan.num_drafts:
-                return replace(plan, num_drafts=room, num_branches=min(plan.num_branches, room))
-            builder.preempted = True
-            victim = self.running[-1]
-            self._preempt(victim)
-            if victim is request:
-                return plan
-
-    def _admit(self, request: Request, builder: _PlanBuilder) -> bool:
-        # Log-probabilities of the prompt need its rows to be computed.
-        known = [] if request.owes_prompt_logprobs else request.token_ids
-        cache = self.kv.match_prefix(known, request.message.cache_salt)
-        # Room for all its tokens and the first drafts, or it would soon be preempted again.
-        needed = self.kv.pages_for(len(request.token_ids) + 1) - len(cache.page_ids)
-        if needed > self.kv.pool.num_free:
-            self.kv.free(cache)
-            return False
-        self.waiting.popleft()
-        self.running.append(request)
-        request.status, request.cache, request.slot, request.num_held = RequestStatus.RUNNING, cache, self._free_slots.pop(), 1
-        builder.admissions.append(self._admission(request, cache.num_computed))
-        if cache.page_ids:
-            builder.update_pages(request.slot, 0, cache.page_ids)
+    def _start(self, request: Request, num_cached: int) -> None:
+        self.table.admit(request, self.planner.policies[request.policy].verifies)
+        self.stops.add(request.stop_token_ids)
+        request.status = RequestStatus.RUNNING
         if not request.scheduled_at:
             request.scheduled_at = time.monotonic()
-            request.num_cached_tokens = cache.num_computed
-            self.counters.count_admission(request, cache.num_computed)
-        self._schedule(request, builder, builder.budget)
-        return True
+            request.num_cached_tokens = num_cached
+            self.counters.count_admission(request, num_cached)
 
     def _admission(self, request: Request, num_computed: int) -> Admission:
         message = request.message
@@ -255,14 +198,27 @@ class Scheduler:
             slot=request.slot,
             num_computed=num_computed,
             prompt_token_ids=message.prompt_token_ids,
-            output_token_ids=tuple(request.token_ids[request.num_prompt_tokens :]),
-            mode=request.policy.mode,
+            output_token_ids=tuple(request.token_ids[request.num_prompt_tokens :].tolist()),
+            mode=self.planner.policies[request.policy].mode,
             sampling=message.sampling,
             # min_tokens holds an EOS back even where it would not end the request.
             stop_token_ids=tuple(sorted(self.eos_token_ids.union(message.sampling.stop_token_ids))),
             matcher=request.grammar.start() if request.grammar else None,
             request_id=request.request_id,
         )
+
+    def _prefill(self, shares: Shares) -> tuple[IntArray, IntArray]:
+        """The tokens of all prefill rows, and those after them that lie in a prompt whose log-probabilities are wanted."""
+        token_ids, targets = [NO_NUMBERS], [NO_NUMBERS]
+        for row in np.flatnonzero(shares.shapes_N6[:, PREFILL]).tolist():
+            slot, start = int(shares.slots_N[row]), int(shares.max_computed_N[row])
+            end = start + int(shares.shapes_N6[row, PREFILL])
+            token_ids.append(self.table.token_ids_SC[slot, start:end].astype(np.int64))
+            request = self.table.requests[slot]
+            if request is not None and request.owes_prompt_logprobs:
+                targets.append(np.array(request.message.prompt_token_ids[start + 1 : end + 1], dtype=np.int64))
+                shares.shapes_N6[row, TARGETS] = len(targets[-1])
+        return (np.concatenate(token_ids), np.concatenate(targets)) if len(token_ids) > 1 else (NO_NUMBERS, NO_NUMBERS)
 
     def _preempt(self, request: Request) -> None:
         """Take a request's pages and slot away; it waits at the front and is recomputed. Its launched shares are dropped."""
@@ -273,11 +229,9 @@ class Scheduler:
         self.waiting.appendleft(request)
 
     def _leave(self, request: Request) -> None:
-        self.running.remove(request)
-        self.kv.free(_cache_of(request))
-        self._free_slots.append(request.slot)
-        request.cache, request.slot = None, -1
-        request.in_flight.clear()
+        self.kv.free(request.slot)
+        self.stops.remove(request.stop_token_ids)
+        self.table.leave(request)
 
     def _finish(self, request: Request) -> None:
         if request.status is RequestStatus.RUNNING:
@@ -287,137 +241,61 @@ class Scheduler:
 
     # -- apply ---------------------------------------------------------------------------------------------------------
 
-    def apply(self, plan: StepPlan, result: StepResult) -> list[RequestOutput]:
+    def apply(self, plan: StepPlan, result: StepResult) -> tuple[list[RequestOutput], TokenColumns]:
         """Commit what a judged step computed, append its tokens, finish what is finished; returns what there is to say."""
         assert plan.step_id == result.step_id, "a result belongs to another plan"
-        outputs = []
-        for (request, share), judged in zip(self._launched.pop(plan.step_id), result.requests(), strict=True):
-            # The request was finished, aborted or preempted after this step was launched: its share no longer counts.
-            if not request.in_flight or request.in_flight[0] is not share:
-                continue
-            output = self._apply(request, share, judged)
-            if output is not None:
-                outputs.append(output)
-        return outputs
-
-    def _apply(self, request: Request, share: ScheduledRequest, judged: RequestResult) -> RequestOutput | None:
-        request.in_flight.pop(0)
-        request.num_held = judged.num_held
-        kept, reason = _until_stop(judged.token_ids, request.stop_token_ids, request.wanted)
-        request.token_ids.extend(kept)
-        cache = _cache_of(request)
-        # Behind a stop there are committed drafts that the request does not have.
-        known = len(request.token_ids) - cache.num_computed - len(share.prefill_token_ids)
-        self.kv.commit(cache, len(share.prefill_token_ids) + min(judged.num_committed, known), request.token_ids)
-        # Drafts that were rejected give their pages back, except those that a launched step may write to.
-        self.kv.truncate(cache, min(cache.num_computed + request.num_rows_in_flight, request.max_computed))
-        self.counters.count_share(share, judged, len(kept))
-        if share.draft_plan.num_rows:
-            request.speculation = _count(request.speculation, judged)
-        if request.policy is self._auto and self._auto is not None:
-            self._auto.observe(share.draft_plan, judged.num_drafts, judged.num_committed, judged.num_held > 1)
-        if judged.error is not None:
-            self._finish(request)
-            return RequestOutput(request.request_id, (), FinishReason.ERROR, error=judged.error)
-        prompt_logprobs = self._new_prompt_logprobs(request, share, judged)
-        if not kept and not prompt_logprobs:
-            return None
-        now = time.monotonic()
-        if kept:
-            request.first_token_at = request.first_token_at or now
-        times = None
-        if reason is not None:
-            self._finish(request)
-            times = RequestTimes(request.message.arrival, request.scheduled_at, request.first_token_at, now)
-        sampling = request.message.sampling
-        return RequestOutput(
-            request.request_id,
-            kept,
-            reason,
-            stop_token_id=kept[-1] if reason is FinishReason.STOP else None,
-            num_cached_tokens=request.num_cached_tokens,
-            speculation=request.speculation,
-            times=times,
-            logprobs=_cut(judged.logprobs[: len(kept)], sampling.logprobs),
-            prompt_logprobs=_cut(prompt_logprobs, sampling.prompt_logprobs),
+        table = self.table
+        launched, epoch_N = self._launched.pop(plan.step_id)
+        # Requests that were finished, aborted or preempted after this step was launched: their shares no longer count.
+        step = JudgedStep.of(launched, result, table.epoch_S[plan.slots] == epoch_N)
+        slots_N = step.slots_N
+        table.settle(slots_N, step.shapes_N6, step.num_held_N)
+        known_N = table.num_tokens_S[slots_N]
+        is_first_N = known_N == table.num_prompt_S[slots_N]
+        emitted = self.stops.cut(
+            step.token_ids_NK,
+            step.num_emitted_N,
+            table.max_length_S[slots_N] - known_N,
+            lambda row: self._request(int(slots_N[row])).stop_token_ids,
         )
+        table.append(slots_N, emitted.counts_N, emitted.token_ids)
+        # Behind a stop there are committed drafts that the request does not have.
+        most_N = known_N + emitted.counts_N - self.kv.num_computed_S[slots_N]
+        computed_N = np.minimum(step.shapes_N6[:, PREFILL] + step.num_committed_N, most_N)
+        self.kv.commit(slots_N, computed_N, table.token_ids_SC)
+        table.count(slots_N, self.counters.count_step(step, len(emitted.token_ids)))
+        self.planner.observe(
+            table.policy_S[slots_N],
+            step.shapes_N6[:, DRAFTS:TARGETS],
+            step.num_verified_N,
+            step.num_committed_N,
+            step.is_hit,
+        )
+        answers = self._answers.write(step, result, emitted, is_first_N)
+        for request in answers.finished:
+            self._finish(request)
+        return answers.others, answers.tokens
 
-    def _new_prompt_logprobs(
-        self, request: Request, share: ScheduledRequest, judged: RequestResult
-    ) -> tuple[TokenLogprobs, ...]:
-        """Those that were not sent before; a preempted request computes some of them again."""
-        new = judged.prompt_logprobs[max(0, request.num_prompt_logprobs - share.max_computed) :]
-        request.num_prompt_logprobs += len(new)
-        return new
+    def _request(self, slot: int) -> Request:
+        request = self.table.requests[slot]
+        assert request is not None, "the slot is free"
+        return request
 
     def stats(self) -> EngineStats:
         """A frozen snapshot for the server."""
-        plan, expected = ("", ()) if self._auto is None else (str(self._auto.shape), self._auto.expected_by_name)
+        plan, expected = self.planner.plan_in_force
         return self.counters.snapshot(len(self.running), len(self.waiting), self.kv.pool.usage, plan, expected)
 
     def check_integrity(self) -> None:
-        """Raise AssertionError unless queues, slots and pages agree."""
-        self.kv.check_integrity(_cache_of(r) for r in self.running)
-        slots = [r.slot for r in self.running]
-        assert sorted(slots + self._free_slots) == list(range(self.config.max_num_seqs)), "a slot is lost or shared"
+        """Raise AssertionError unless queues, columns, launched steps and pages agree."""
+        self.table.check_integrity()
+        self.kv.check_integrity()
+        self._pages.check_integrity()
+        self.stops.check_integrity([r.stop_token_ids for r in self.running])
         assert {r.request_id for r in [*self.running, *self.waiting]} == set(self.requests), "a request is lost"
-        for request in self.running:
-            cache = _cache_of(request)
-            reach = min(cache.num_computed + request.num_rows_in_flight, request.max_computed)
-            # In the exact modes the last token has no K/V yet; a diffusion block is decided behind tokens that all have it.
-            without = request.policy.min_emitted
-            assert cache.num_computed <= len(request.token_ids) - without, "a token has K/V before it is known"
-            assert len(cache.page_ids) >= self.kv.pages_for(reach), "a launched step lacks a page"
-
-
-def _cache_of(request: Request) -> SequenceCache:
-    assert request.cache is not None, "a running request has pages"
-    return request.cache
-
-
-def diffusion_problem(message: GenerateRequest) -> str | None:
-    """Why a request cannot be decoded by diffusion, if so: nothing verifies its tokens one after the other."""
-    sampling = message.sampling
-    for name, is_asked in (
-        ("a grammar", message.grammar is not None),
-        ("a penalty", sampling.has_penalties),
-        ("min_tokens", sampling.min_tokens > 0),
-        ("logprobs", sampling.logprobs is not None),
-    ):
-        if is_asked:
-            return f"{name} cannot be combined with decoding 'diffusion': leave it out or choose another mode"
-    return None
-
-
-def _prompt_targets(request: Request, computed: int, num_prefill: int) -> tuple[int, ...]:
-    """The tokens after the prefill rows from ``computed`` on that lie in the prompt, if their log-probabilities are wanted."""
-    if not request.owes_prompt_logprobs:
-        return ()
-    return request.message.prompt_token_ids[computed + 1 : computed + num_prefill + 1]
-
-
-def _cut(logprobs: Sequence[TokenLogprobs], num_top: int | None) -> tuple[TokenLogprobs, ...]:
-    """What one request asked for, of rows that were computed for the most demanding one of their step."""
-    return () if num_top is None else tuple(replace(p, top=p.top[:num_top]) for p in logprobs)
-
-
-def _until_stop(
-    token_ids: tuple[int, ...], stop_token_ids: frozenset[int], wanted: int
-) -> tuple[tuple[int, ...], FinishReason | None]:
-    """The tokens up to and with the first one that ends the request, and why it ends."""
-    for count, token in enumerate(token_ids, start=1):
-        if token in stop_token_ids:
-            return token_ids[:count], FinishReason.STOP
-        if count == wanted:
-            return token_ids[:count], FinishReason.LENGTH
-    return token_ids, None
-
-
-def _count(stats: SpeculationStats, judged: RequestResult) -> SpeculationStats:
-    drafted = judged.num_drafts > 1
-    return SpeculationStats(
-        num_forwards=stats.num_forwards + 1,
-        num_spec_steps=stats.num_spec_steps + drafted,
-        num_draft_tokens=stats.num_draft_tokens + (judged.num_drafts - 1 if drafted else 0),
-        num_accepted_draft_tokens=stats.num_accepted_draft_tokens + (len(judged.token_ids) - 1 if drafted else 0),
-    )
+        in_flight_S2 = np.zeros((self.config.max_num_seqs, 2), dtype=np.int64)
+        for plan, epoch_N in self._launched.values():
+            is_live_N = self.table.epoch_S[plan.slots] == epoch_N
+            in_flight_S2[plan.slots[is_live_N]] += plan.shapes[is_live_N, PREFILL:BRANCHES]
+        columns_S2 = np.stack((self.table.prefill_in_flight_S, self.table.drafts_in_flight_S), axis=1)
+        assert (in_flight_S2 == columns_S2).all(), "rows in flight are not those of the launched steps"

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
+
+from engine.judged import JudgedStep
 from engine.messages import EngineStats
 from engine.request import Request
-from engine.step import RequestResult, ScheduledRequest
+from engine.step import IntArray, columns
 
 
 @dataclass(slots=True)
@@ -38,28 +41,40 @@ class EngineCounters:
         self.prefix_cache_queries += request.num_prompt_tokens
         self.prefix_cache_hits += num_cached
 
-    def count_share(self, share: ScheduledRequest, result: RequestResult, num_emitted: int) -> None:
-        """A request's share of a step was judged; ``num_emitted`` of its tokens were kept."""
-        plan = share.draft_plan
-        self.prefill_rows += len(share.prefill_token_ids)
-        self.draft_rows += plan.num_drafts
-        self.mask_rows += plan.num_branches * plan.branch_rows
-        self.generation_tokens += num_emitted
-        if plan.num_rows:
-            self.forwards += 1
-        if plan.num_branches and result.num_drafts:
-            hit = result.num_held > 1
-            self.branch_hits += hit
-            self.branch_misses += not hit
-        if result.num_drafts > 1:
-            accepted = len(result.token_ids) - 1
-            self.num_drafts += 1
-            self.num_draft_tokens += result.num_drafts - 1
-            self.num_accepted_tokens += accepted
-            missing = result.num_drafts - 1 - len(self.accepted_per_position)
-            self.accepted_per_position.extend([0] * missing)
-            for position in range(accepted):
-                self.accepted_per_position[position] += 1
+    def count_step(self, step: JudgedStep, num_kept: int) -> IntArray:
+        """A step was judged, and ``num_kept`` of its tokens were kept; returns what it adds to ``SpeculationStats``, [N, 4]."""
+        shapes, verified_N, num_branches_N = step.shapes_N6, step.num_verified_N, step.shapes_N6[:, 2]
+        prefill, drafts, branches, *_ = shapes.sum(axis=0).tolist()
+        self.prefill_rows += prefill
+        self.draft_rows += drafts
+        self.generation_tokens += num_kept
+        if branches:
+            self.mask_rows += int((num_branches_N * (shapes[:, 3] + shapes[:, 4])).sum())
+            is_tried_N = (num_branches_N > 0) & (verified_N > 0)
+            hits = int(np.count_nonzero(is_tried_N & step.is_hit))
+            self.branch_hits += hits
+            self.branch_misses += int(np.count_nonzero(is_tried_N)) - hits
+        added = columns(len(verified_N), 4)
+        added[:, 0] = (shapes[:, 1] + num_branches_N) > 0
+        self.forwards += int(np.count_nonzero(added[:, 0]))
+        most_verified = int(verified_N.max(initial=0))
+        if most_verified > 1:
+            self._count_drafts(added, verified_N, step.num_emitted_N, most_verified - 1)
+        return added
+
+    def _count_drafts(self, added: IntArray, verified_N: IntArray, emitted_N: IntArray, num_positions: int) -> None:
+        """Drafts behind the certain one, and how many of them were accepted."""
+        is_drafted_N = verified_N > 1
+        accepted_N = (emitted_N - 1) * is_drafted_N
+        added[:, 1], added[:, 2], added[:, 3] = is_drafted_N, (verified_N - 1) * is_drafted_N, accepted_N
+        _, num_drafts, draft_tokens, accepted = added.sum(axis=0).tolist()
+        self.num_drafts += num_drafts
+        self.num_draft_tokens += draft_tokens
+        self.num_accepted_tokens += accepted
+        at_least = np.bincount(accepted_N)[:0:-1].cumsum()[::-1].tolist()
+        self.accepted_per_position.extend([0] * (num_positions - len(self.accepted_per_position)))
+        for position, count in enumerate(at_least):
+            self.accepted_per_position[position] += count
 
     def snapshot(
         self,

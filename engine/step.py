@@ -22,6 +22,8 @@ from engine.messages import TokenLogprobs
 from engine.sampling_params import DecodingMode, SamplingParams
 
 IntArray = NDArray[np.int64]
+TokenArray = NDArray[np.int32]
+BoolArray = NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -265,6 +267,19 @@ class StepResult:
                 zip(self.counts.tolist(), self.token_ids.tolist(), strict=True)
             )
         ]
+
+
+def columns(num_rows: int, width: int) -> IntArray:
+    """Zeros, [num_rows, width], one column after the other in memory, since they are read and written column by column."""
+    return np.zeros((width, num_rows), dtype=np.int64).T
+
+
+def spread(starts_N: IntArray, counts_N: IntArray) -> IntArray:
+    """``starts[i], starts[i] + 1, ...``, ``counts[i]`` numbers for each ``i``, one after the other."""
+    ends_N = counts_N.cumsum()
+    numbers: IntArray = (starts_N - ends_N + counts_N).repeat(counts_N)
+    numbers += np.arange(len(numbers))
+    return numbers
 
 
 def _integers(numbers: Iterable[int]) -> IntArray:

@@ -242,7 +242,7 @@ def _serve(core: EngineCore, channel: _Channel) -> None:
         # A message without work is an abort of the last request: the server's gauges must fall back to zero.
         if core.has_work or messages:
             result = core.step()
-            if result.outputs or result.stats != sent_stats:
+            if not result.is_empty or result.stats != sent_stats:
                 channel.send(result)
                 sent_stats = result.stats
 

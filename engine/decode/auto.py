@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import ClassVar
 
+import numpy as np
+
 from engine.decode.goodput import AR, Acceptance, CostTable, PlanShape, goodput, plan_shapes
-from engine.decode.policy import Drafting, num_useful_branches
+from engine.decode.policy import Drafting, allowed_branches, draft_plans, num_useful_branches
 from engine.sampling_params import DecodingMode
-from engine.step import DraftPlan
+from engine.step import BoolArray, DraftPlan, IntArray
 
 STEPS_BETWEEN_CHOICES = 16
 
@@ -28,7 +30,7 @@ class GoodputPolicy:
     """
 
     mode: ClassVar[DecodingMode] = DecodingMode.TIDAR
-    min_emitted: ClassVar[int] = 1
+    verifies: ClassVar[bool] = True
 
     def __init__(
         self, configured: Drafting, costs: CostTable, is_captured: Callable[[int, DraftPlan], bool] | None = None
@@ -48,7 +50,8 @@ class GoodputPolicy:
         """A step of ``num_requests`` running requests with ``context`` tokens each on average is being planned."""
         self._steps += 1
         is_short = self.shape.block_length < self._max_length
-        self._probes = is_short and self._steps % STEPS_BETWEEN_PROBES == 0
+        # A probe that is due waits for a step that has room for it.
+        self._probes = is_short and (self._probes or self._steps % STEPS_BETWEEN_PROBES == 0)
         is_due = self._steps - self._chosen_at >= STEPS_BETWEEN_CHOICES or not 0.75 <= num_requests / max(1, self._load) <= 1.33
         if num_requests and is_due and self._acceptance.is_measured:
             self._choose(num_requests, context)
@@ -73,29 +76,37 @@ class GoodputPolicy:
         plans = {s: DraftPlan(s.block_length, s.num_branches, s.block_length, self._has_anchor) for s in shapes}
         return [s for s in shapes if s == AR or self._is_captured(num_requests, plans[s])]
 
-    def observe(self, plan: DraftPlan, num_drafts: int, num_accepted: int, is_hit: bool) -> None:
-        """What became of one request's decode step."""
-        if num_drafts < 2:
-            return
-        self._acceptance.observe(num_drafts, num_accepted)
-        if 0 < plan.num_branches < num_drafts:
-            self._acceptance.observe_hit(is_hit, num_drafts, plan.num_branches)
+    def observe(self, plans_N4: IntArray, num_drafts_N: IntArray, num_accepted_N: IntArray, is_hit_N: BoolArray) -> None:
+        """What became of requests' decode steps: drafts verified and accepted, 1 where a branch was hit."""
+        self._acceptance.observe(num_drafts_N, num_accepted_N)
+        num_branches_N = plans_N4[:, 1]
+        is_partial_N = (num_branches_N > 0) & (num_branches_N < num_drafts_N)
+        if is_partial_N.any():
+            self._acceptance.observe_hits(is_hit_N[is_partial_N], num_drafts_N[is_partial_N], num_branches_N[is_partial_N])
 
-    def num_emitted(self, held: int) -> int:
-        return 1
-
-    def plan(self, held: int, wanted: int) -> DraftPlan:
+    def plans(self, held_N: IntArray, wanted_N: IntArray, is_verifying: bool) -> IntArray:
         length, num_branches = self.shape.block_length, self.shape.num_branches
-        if held == 1 and self._probes:
-            self._probes, length = False, self._max_length
-            return DraftPlan(1, min(1, num_useful_branches(1, wanted)), length, self._has_anchor)
-        if held > length:  # a probe's drafts, or those of the plan before
-            return DraftPlan(min(held, wanted), 0, self._max_length, self._has_anchor)
         if self.shape == AR:
-            return DraftPlan(1, 0, 1)
-        num_drafts = min(held, wanted)
-        allowed = num_branches if held > 1 else 1
-        return DraftPlan(num_drafts, min(allowed, num_useful_branches(num_drafts, wanted)), length, self._has_anchor)
+            plans = draft_plans(np.ones_like(held_N), 0, 1, False)
+        else:
+            num_drafts_N = np.minimum(held_N, wanted_N)
+            useful_N = num_useful_branches(num_drafts_N, wanted_N)
+            allowed = allowed_branches(num_branches, held_N, is_verifying)
+            plans = draft_plans(num_drafts_N, np.minimum(useful_N, allowed), length, self._has_anchor)
+        is_longer_N = held_N > length  # a probe's drafts, or those of the plan before
+        if is_longer_N.any():
+            num_drafts_N = np.minimum(held_N, wanted_N)[is_longer_N]
+            plans[is_longer_N] = draft_plans(num_drafts_N, 0, self._max_length, self._has_anchor)
+        if self._probes and not (self.shape != AR and num_branches == 0 and is_verifying):
+            self._probe(plans, held_N, wanted_N)
+        return plans
+
+    def _probe(self, plans_N4: IntArray, held_N: IntArray, wanted_N: IntArray) -> None:
+        """Have the first request that can draft a whole block do so."""
+        rows = np.flatnonzero((held_N == 1) & (wanted_N > 2))
+        if len(rows):
+            self._probes = False
+            plans_N4[rows[0]] = (1, 1, self._max_length, self._has_anchor)
 
     def __str__(self) -> str:
         return f"the plan with the best measured goodput, first {self.shape}"

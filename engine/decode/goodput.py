@@ -15,6 +15,10 @@ import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
+from engine.step import BoolArray, IntArray
+
 PRIOR_ACCEPTANCE, PRIOR_WEIGHT = 0.7, 32.0
 """What is expected of the first guess before anything was measured, and how many outcomes an expectation is worth. That of a
 later guess is what the one before it has given."""
@@ -106,19 +110,28 @@ class Acceptance:
         """Whether enough is known to compare plans."""
         return len(self._tried) > 1 and self._tried[1] >= ENOUGH_OUTCOMES
 
-    def observe(self, num_drafts: int, num_accepted: int) -> None:
-        """A step verified ``num_drafts`` drafts, the certain one included, and accepted ``num_accepted``."""
-        for i in range(1, min(num_accepted, num_drafts - 1) + 1):
-            self._tried[i] += 1
-            self._accepted[i] += i < num_accepted
+    def observe(self, num_drafts_N: IntArray, num_accepted_N: IntArray) -> None:
+        """Requests verified ``num_drafts`` drafts, the certain one included, and accepted ``num_accepted``."""
+        length = len(self._tried)
+        tried_up_to = np.bincount(np.minimum(num_accepted_N, num_drafts_N - 1).clip(min=0), minlength=length)
+        accepted = np.bincount(num_accepted_N, minlength=length + 1)
+        tried_at, accepted_at = _or_more(tried_up_to), _or_more(accepted)
+        for i in range(1, length):
+            self._tried[i] += tried_at[i]
+            self._accepted[i] += accepted_at[i + 1]
             if self._tried[i] > MAX_OUTCOMES:
                 self._tried[i] /= 2
                 self._accepted[i] /= 2
 
-    def observe_hit(self, is_hit: bool, num_drafts: int, num_branches: int) -> None:
-        """Whether one of ``num_branches`` branches behind ``num_drafts`` drafts was hit."""
-        self._misses += not is_hit
-        self._blind_misses += 1.0 - blind_chance(self.counts(num_drafts), num_branches)
+    def observe_hits(self, is_hit_N: BoolArray, num_drafts_N: IntArray, num_branches_N: IntArray) -> None:
+        """Where one of ``num_branches`` branches behind ``num_drafts`` drafts was hit, fewer branches than drafts."""
+        self._misses += float(len(is_hit_N) - np.count_nonzero(is_hit_N))
+        width = len(self._tried) + 1
+        kinds = np.bincount(num_drafts_N * width + num_branches_N)
+        for kind in np.flatnonzero(kinds).tolist():
+            num_drafts, num_branches = divmod(kind, width)
+            blind_miss = 1.0 - blind_chance(self.counts(num_drafts), num_branches)
+            self._blind_misses += float(kinds[kind]) * blind_miss
         if self._blind_misses > MAX_OUTCOMES:
             self._misses /= 2
             self._blind_misses /= 2
@@ -142,6 +155,12 @@ class Acceptance:
         blind_miss = 1.0 - blind_chance(counts, num_branches)
         better = (self._misses + ENOUGH_OUTCOMES) / (self._blind_misses + ENOUGH_OUTCOMES)
         return 1.0 - blind_miss * min(1.0, better)
+
+
+def _or_more(counts: IntArray) -> list[int]:
+    """How many are at least ``i``, for every ``i``, from how many are exactly ``i``."""
+    at_least: list[int] = counts[::-1].cumsum()[::-1].tolist()
+    return at_least
 
 
 def blind_chance(counts: Sequence[float], num_branches: int) -> float:

@@ -96,4 +96,4 @@ def assert_idle(core: EngineCore) -> None:
     scheduler.check_integrity()
     assert not scheduler.requests
     assert scheduler.kv.pool.num_free == scheduler.kv.pool.num_pages - 1, "a page leaked"
-    assert len(scheduler._free_slots) == scheduler.config.max_num_seqs, "a slot leaked"
+    assert len(scheduler.table.free_slots) == scheduler.config.max_num_seqs, "a slot leaked"

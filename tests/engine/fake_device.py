@@ -12,6 +12,8 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from engine.config import DecodeConfig, SchedulerConfig
 from engine.core import EngineCore
 from engine.decode.policy import num_useful_branches, policies
@@ -39,8 +41,9 @@ class Script:
 
     @property
     def expected(self) -> tuple[int, ...]:
-        output = self.token_ids[len(self.request.prompt_token_ids) :]
-        return output[: output.index(STOP_TOKEN) + 1] if STOP_TOKEN in output else output
+        output, stops = self.token_ids[len(self.request.prompt_token_ids) :], self.request.sampling.stop_token_ids
+        end = next((i for i, token in enumerate(output, start=1) if token in stops), len(output))
+        return output[:end]
 
 
 def make_script(
@@ -49,9 +52,10 @@ def make_script(
     output: tuple[int, ...],
     mode: DecodingMode = DecodingMode.TIDAR,
     salt: str = "",
+    stops: tuple[int, ...] = (),
 ) -> Script:
-    """A request that wants as many tokens as the script has; ``STOP_TOKEN`` among them ends it sooner."""
-    sampling = SamplingParams(max_tokens=len(output), stop_token_ids=(STOP_TOKEN,))
+    """A request that wants as many tokens as the script has; ``STOP_TOKEN`` or one of ``stops`` ends it sooner."""
+    sampling = SamplingParams(max_tokens=len(output), stop_token_ids=(STOP_TOKEN, *stops))
     return Script(GenerateRequest(name, prompt, sampling, mode, salt), prompt + output)
 
 
@@ -131,7 +135,7 @@ class FakeDevice:
         accepted = 1
         while accepted < len(drafts) and drafts[accepted] == truth[start + accepted]:
             accepted += 1
-        useful = num_useful_branches(len(drafts), state.wanted)
+        (useful,) = num_useful_branches(np.array([len(drafts)]), np.array([state.wanted])).tolist()
         branches = self.rng.sample(range(useful), min(useful, share.draft_plan.num_branches))
         emitted = truth[start + 1 : start + 1 + accepted]
         state.num_computed += accepted
@@ -163,10 +167,10 @@ class FakeDevice:
 
     def _check_owner(self, request_id: str, page: int, index: int) -> None:
         assert page != NULL_PAGE, "a clean row writes to the null page"
-        owners = [r for r in self.scheduler.running if r.cache is not None and page in r.cache.page_ids]
+        pages_of = self.scheduler.kv.page_ids
+        owners = [r for r in self.scheduler.running if page in pages_of(r.slot)]
         assert [r.request_id for r in owners] == [request_id], "the page belongs to another request"
-        assert owners[0].cache is not None
-        assert owners[0].cache.page_ids.index(page) == index, "the device's block table differs from the host's"
+        assert pages_of(owners[0].slot).index(page) == index, "the device's block table differs from the host's"
         assert self.scheduler.kv.pool._hashes[page] is None, "a shareable page is overwritten"
 
 
@@ -191,7 +195,7 @@ _INFO = EngineInfo("Fake", 0, 100, MAX_MODEL_LEN, (), 4, None, (), DecodingMode.
 
 def fake_engine(limits: FakeLimits) -> tuple[EngineCore, FakeDevice]:
     """The real loop and scheduler around a fake device."""
-    kv = KVCacheManager(PagePool(limits.num_pages), limits.page_size, limits.share_prefixes)
+    kv = KVCacheManager(PagePool(limits.num_pages), limits.page_size, limits.max_num_seqs, limits.share_prefixes)
     table = policies(DecodeConfig(DecodingMode.TIDAR, None, limits.num_branches), limits.block_length, limits.budget)
     config = SchedulerConfig(limits.max_num_seqs, limits.budget, async_depth=limits.depth)
     scheduler = Scheduler(config, kv, table, (), MAX_MODEL_LEN)

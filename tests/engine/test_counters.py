@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from engine.core import EngineCore
-from engine.messages import RequestOutput, SpeculationStats
+from engine.messages import RequestOutput, SpeculationStats, TokenColumns
 from engine.sampling_params import DecodingMode
 from engine.step import RequestResult, StepPlan, StepResult
 from tests.engine.driver import Transcript, drive
@@ -39,19 +39,19 @@ class Recount:
                 launched[plan.step_id] = [owners[slot] for slot in plan.slots.tolist()]
             return plan
 
-        def applied(plan: StepPlan, result: StepResult) -> list[RequestOutput]:
+        def applied(plan: StepPlan, result: StepResult) -> tuple[list[RequestOutput], TokenColumns]:
             running = {owners[r.slot] for r in scheduler.running}
             rows = zip(launched.pop(plan.step_id), plan.requests(), result.requests(), strict=True)
-            outputs = apply(plan, result)
+            others, tokens = apply(plan, result)
             self.totals["num_steps"] += 1
-            self.totals["generation_tokens"] += sum(len(output.token_ids) for output in outputs)
+            self.totals["generation_tokens"] += sum(len(output.token_ids) for output in others) + len(tokens.token_ids)
             for owner, share, judged in rows:
                 if owner in running:
                     self._count(owner[0], share.draft_plan.num_branches > 0, judged)
                     self.totals["prefill_rows"] += len(share.prefill_token_ids)
                     self.totals["draft_rows"] += share.draft_plan.num_drafts
                     self.totals["mask_rows"] += share.draft_plan.num_branches * share.draft_plan.block_length
-            return outputs
+            return others, tokens
 
         scheduler.schedule, scheduler.apply = scheduled, applied  # type: ignore[method-assign]
 

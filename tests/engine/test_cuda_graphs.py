@@ -68,7 +68,7 @@ def test_an_engine_with_a_capture_records_every_step_that_its_plans_may_take(dep
     capture = FakeCapture()
     core = tiny_engine(tiny_model("qwen3", 0, 1.0), page_size=4, depth=depth, mode=DecodingMode.AUTO, capture=capture)
     plain = tiny_engine(tiny_model("qwen3", 0, 1.0), page_size=4, depth=depth)
-    graphs, policy = core.graphs, core.scheduler.policies[DecodingMode.AUTO]
+    graphs, policy = core.graphs, core.scheduler.planner.policy_of(DecodingMode.AUTO)
     assert graphs is not None
     assert isinstance(policy, GoodputPolicy)
     for shape in policy._candidates(8):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
 
 from engine.core import EngineCore
@@ -13,17 +14,17 @@ from tests.engine.tiny import BLOCK_LENGTH, MAX_MODEL_LEN, tiny_engine, tiny_mod
 
 
 def assert_device_agrees(core: EngineCore) -> None:
-    batch = core.decoder.batch
+    batch, table, kv = core.decoder.batch, core.scheduler.table, core.scheduler.kv
     for request in core.scheduler.running:
-        slot, cache = request.slot, request.cache
-        assert cache is not None
-        assert not request.in_flight
-        assert batch.num_computed_S[slot] == cache.num_computed
-        assert batch.wanted_S[slot] == request.wanted
-        assert batch.num_held_S[slot] == request.num_held
-        assert batch.block_table_SP[slot, : len(cache.page_ids)].tolist() == cache.page_ids
-        if cache.num_computed == len(request.token_ids) - 1:
-            assert batch.drafts_SK[slot, 0] == request.token_ids[-1]
+        slot = request.slot
+        tokens, pages, num_computed = table.tokens_of(slot).tolist(), kv.page_ids(slot), kv.num_computed_S[slot]
+        assert not table.rows_in_flight(np.array([slot])).any()
+        assert batch.num_computed_S[slot] == num_computed
+        assert batch.wanted_S[slot] == request.max_length - len(tokens)
+        assert batch.num_held_S[slot] == table.num_held_S[slot] == table.max_held_S[slot]
+        assert batch.block_table_SP[slot, : len(pages)].tolist() == pages
+        if num_computed == len(tokens) - 1:
+            assert batch.drafts_SK[slot, 0] == tokens[-1]
 
 
 @pytest.mark.parametrize("num_branches", [1, None])
@@ -41,6 +42,6 @@ def test_host_and_device_agree_after_every_step(num_branches: int | None, num_pa
     while core.has_work:
         core.step()
         assert_device_agrees(core)
-        held |= {request.num_held for request in core.scheduler.running}
+        held |= set(core.scheduler.table.num_held_S[core.scheduler.table.slots].tolist())
     assert held == {1, BLOCK_LENGTH}
     assert (core.scheduler.stats().num_preemptions > 0) == (num_pages is not None)

@@ -169,7 +169,7 @@ class _RandomPlans(GoodputPolicy):
 def follow_random_plans(core: EngineCore, rng: random.Random) -> None:
     """Let the engine's ``auto`` choose another plan at every step."""
     policy = _RandomPlans(core.info.block_length or 1, rng)
-    core.scheduler.policies[DecodingMode.AUTO] = core.scheduler._auto = policy
+    core.scheduler.planner.use(DecodingMode.AUTO, policy)
 
 
 def run_plan(rng: random.Random, workload: Workload, plan: str) -> Run:

@@ -9,7 +9,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from engine.core import EngineCore
 from engine.sampling_params import DecodingMode
+from engine.step import StepPlan
 from tests.engine.driver import MAX_STEPS, Transcript, assert_idle
 from tests.engine.fake_device import MAX_MODEL_LEN, STOP_TOKEN, FakeLimits, Script, fake_engine, make_script
 
@@ -49,19 +51,49 @@ def texts(draw: st.DrawFn) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return prompt, output
 
 
+def watch_phases(core: EngineCore) -> None:
+    """Assert of every plan that its linear requests are in one phase: nobody redrafts beside one that verifies."""
+    scheduler = core.scheduler
+    schedule = scheduler.schedule
+
+    def scheduled() -> StepPlan | None:
+        plan = schedule()
+        if plan is not None:
+            linear = [
+                (drafts, branches)
+                for slot, (_, drafts, branches, *_) in zip(plan.slots.tolist(), plan.shapes.tolist(), strict=True)
+                if scheduler._request(slot).message.decoding is DecodingMode.LINEAR
+            ]
+            verifies = any(drafts > 1 for drafts, _ in linear)
+            redrafts = any(branches for _, branches in linear)
+            assert not (verifies and redrafts), f"two phases in one step: {linear}"
+        return plan
+
+    scheduler.schedule = scheduled  # type: ignore[method-assign]
+
+
 class Schedules(RuleBasedStateMachine):
     """Arrivals, aborts and steps in any order, under any limits."""
 
     @initialize(limits=limits())
     def start(self, limits: FakeLimits) -> None:
         self.core, self.device = fake_engine(limits)
+        watch_phases(self.core)
         self.scripts: dict[str, Script] = {}
         self.aborted: set[str] = set()
         self.transcript = Transcript()
 
-    @rule(text=texts(), mode=st.sampled_from(MODES), salt=st.sampled_from(("", "", "b")))
-    def arrive(self, text: tuple[tuple[int, ...], tuple[int, ...]], mode: DecodingMode, salt: str) -> None:
-        script = make_script(f"r{len(self.scripts)}", *text, mode, salt)
+    @rule(
+        text=texts(),
+        mode=st.sampled_from(MODES),
+        salt=st.sampled_from(("", "", "b")),
+        stops=st.sampled_from(((), (), (3,), (2, 200))),
+    )
+    def arrive(
+        self, text: tuple[tuple[int, ...], tuple[int, ...]], mode: DecodingMode, salt: str, stops: tuple[int, ...]
+    ) -> None:
+        """``stops`` are ordinary tokens of other requests."""
+        script = make_script(f"r{len(self.scripts)}", *text, mode, salt, stops)
         self.scripts[script.request.request_id] = self.device.scripts[script.request.request_id] = script
         self.core.add(script.request)
 

@@ -138,7 +138,7 @@ def cell(bench: Bench, core: EngineCore, model: str, name: str, batch: int) -> C
 def _measure(bench: Bench, core: EngineCore, name: str, batch: int, chance: float) -> Cell:
     mode, shape = FIXED.get(name, (DecodingMode.AUTO, None))
     if mode is DecodingMode.TIDAR and shape is not None:
-        core.scheduler.policies[mode] = Drafting(shape.block_length, shape.num_branches)
+        core.scheduler.planner.use(mode, Drafting(shape.block_length, shape.num_branches))
     _capture(core, batch, mode)
     replays = core.graphs.num_replays if core.graphs is not None else 0
     steps = core.scheduler.stats().num_steps
@@ -164,7 +164,7 @@ def _measure(bench: Bench, core: EngineCore, name: str, batch: int, chance: floa
 def _capture(core: EngineCore, batch: int, mode: DecodingMode) -> None:
     """Have the steps of a fixed plan captured, also those that the start found no time for."""
     if core.graphs is not None and mode is not DecodingMode.AUTO:
-        plans = plans_of([core.scheduler.policies[mode]], is_auto=False)
+        plans = plans_of([core.scheduler.planner.policy_of(mode)], is_auto=False)
         core.graphs.prepare(batch, [plan for plan in plans if plan == PLAIN or batch * plan.num_rows <= MAX_ROWS])
 
 

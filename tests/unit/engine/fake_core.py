@@ -115,7 +115,7 @@ class FakeCore:
         outputs = [self._advance(request) for request in list(self._requests.values()) if self._rest(request)]
         outputs += self._extra
         self._extra = []
-        return StepOutputs(tuple(outputs), EngineStats(num_steps=self._num_steps, num_running=len(self._requests)))
+        return StepOutputs(EngineStats(num_steps=self._num_steps, num_running=len(self._requests)), tuple(outputs))
 
     def _rest(self, request: GenerateRequest) -> tuple[int, ...]:
         if request.request_id.startswith(("mute", "watch")):

@@ -11,14 +11,26 @@ import json
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from engine.decode.auto import HYSTERESIS, STEPS_BETWEEN_CHOICES, STEPS_BETWEEN_PROBES, GoodputPolicy
 from engine.decode.cost_cache import costs_from
-from engine.decode.goodput import AR, Acceptance, CostTable, PlanShape, blind_chance, expect, goodput, plan_shapes
+from engine.decode.goodput import (
+    AR,
+    MAX_OUTCOMES,
+    Acceptance,
+    CostTable,
+    PlanShape,
+    blind_chance,
+    expect,
+    goodput,
+    plan_shapes,
+)
 from engine.decode.measure import measure_costs, powers_of_two
 from engine.decode.policy import Drafting
 from engine.step import DraftPlan
+from tests.unit.engine.test_policy import plan
 
 BATCHES = (1, 2, 3, 4, 8, 16, 32, 64, 128, 256)
 CHANCES = (0.3, 0.5, 0.7, 0.8, 0.902, 0.95)
@@ -52,21 +64,23 @@ class Device:
 
     def __init__(self, policy: GoodputPolicy, chance: float, num_requests: int, context: float) -> None:
         self.policy, self.chance, self.num_requests, self.context = policy, chance, num_requests, context
-        self.rng, self.held = random.Random(1), [1] * min(num_requests, 16)
+        self.rng, self.held = random.Random(1), np.ones(min(num_requests, 16), dtype=np.int64)
         self.counts = {n: certain(chance, n).counts(n) for n in range(1, 17)}
 
     def step(self) -> None:
         self.policy.begin_step(self.num_requests, self.context)
-        for i, held in enumerate(self.held):
-            plan = self.policy.plan(held, 10_000)
-            accepted = 1
-            while accepted < plan.num_drafts and self.rng.random() < self.chance:
-                accepted += 1
-            counts = self.counts[plan.num_drafts]
-            run = sorted(range(len(counts)), key=lambda j: -counts[j])[: plan.num_branches]
-            is_hit = accepted - 1 in run
-            self.held[i] = plan.block_length if is_hit else 1
-            self.policy.observe(plan, plan.num_drafts, accepted, is_hit)
+        plans = self.policy.plans(self.held, np.full_like(self.held, 10_000), bool((self.held > 1).any()))
+        accepted, is_hit = zip(*(self._judge(*plan[:2]) for plan in plans.tolist()), strict=True)
+        self.held = np.where(is_hit, plans[:, 2], 1)
+        self.policy.observe(plans, plans[:, 0], np.array(accepted), np.array(is_hit))
+
+    def _judge(self, num_drafts: int, num_branches: int) -> tuple[int, bool]:
+        accepted = 1
+        while accepted < num_drafts and self.rng.random() < self.chance:
+            accepted += 1
+        counts = self.counts[num_drafts]
+        run = sorted(range(len(counts)), key=lambda j: -counts[j])[:num_branches]
+        return accepted, accepted - 1 in run
 
 
 @pytest.mark.parametrize("table", TABLES)
@@ -113,8 +127,8 @@ def test_until_acceptance_is_measured_the_configured_plan_is_in_force() -> None:
     for _ in range(3 * STEPS_BETWEEN_CHOICES):
         policy.begin_step(64, 100.0)
     assert policy.shape == PlanShape(8, 2)
-    assert policy.plan(held=8, wanted=100) == DraftPlan(8, 2, 8)
-    assert policy.plan(held=1, wanted=100) == DraftPlan(1, 1, 8)
+    assert plan(policy, held=8, wanted=100) == DraftPlan(8, 2, 8)
+    assert plan(policy, held=1, wanted=100) == DraftPlan(1, 1, 8)
 
 
 def test_a_plan_does_not_change_for_a_promise_within_the_hysteresis() -> None:
@@ -146,19 +160,57 @@ def test_expected_tokens_and_rows_by_hand() -> None:
 
 def test_a_position_is_counted_as_tried_only_when_all_before_it_were_accepted() -> None:
     acceptance = Acceptance(5)
-    acceptance.observe(num_drafts=5, num_accepted=2)
+    acceptance.observe(np.array([5]), np.array([2]))
     assert acceptance._tried == [0, 1, 1, 0, 0]
     assert acceptance._accepted == [0, 1, 0, 0, 0]
-    acceptance.observe(num_drafts=3, num_accepted=3)
+    acceptance.observe(np.array([3]), np.array([3]))
     assert acceptance._tried == [0, 2, 2, 0, 0]
     assert acceptance._accepted == [0, 2, 1, 0, 0]
+
+
+def test_outcomes_observed_together_count_like_those_observed_one_by_one() -> None:
+    rng = random.Random(3)
+    together, one_by_one = Acceptance(6), Acceptance(6)
+    for _ in range(50):
+        drafts = [rng.randint(0, 6) for _ in range(40)]
+        accepted = [rng.randint(min(1, n), n) for n in drafts]
+        together.observe(np.array(drafts), np.array(accepted))
+        for n, a in zip(drafts, accepted, strict=True):
+            # The scalar rule: draft i is tried when all before it were accepted.
+            for i in range(1, n):
+                one_by_one._tried[i] += a >= i
+                one_by_one._accepted[i] += a > i
+    assert together._tried == one_by_one._tried
+    assert together._accepted == one_by_one._accepted
+
+
+def test_old_outcomes_fade() -> None:
+    acceptance = Acceptance(2)
+    for accepted in (2, 1):
+        for _ in range(100):
+            acceptance.observe(np.full(256, 2), np.full(256, accepted))
+    assert acceptance._tried[1] <= MAX_OUTCOMES
+    assert acceptance._accepted[1] / acceptance._tried[1] < 0.1
+
+
+def test_a_probe_that_is_due_waits_for_a_step_that_redrafts() -> None:
+    policy = GoodputPolicy(Drafting(16, 0), modelled_8b())
+    policy.shape = PlanShape(4, 0)
+    held, wanted = np.array([4, 1, 1]), np.full(3, 100)
+    for step in range(1, 3 * STEPS_BETWEEN_PROBES):
+        policy.begin_step(3, 100.0)
+        is_verifying = step % 2 == 0  # a probe is always due in a step that verifies
+        plans = policy.plans(held if is_verifying else np.ones_like(held), wanted, is_verifying)
+        is_probe = plans[:, 2] == 16
+        assert is_probe.sum() == (step > STEPS_BETWEEN_PROBES and step % STEPS_BETWEEN_PROBES == 1)
+        assert (plans[:, 1] == (0 if is_verifying else 1)).all(), "all requests are in one phase"
 
 
 def test_better_ranking_than_by_counts_is_learnt() -> None:
     acceptance = certain(0.5, 4)
     before = acceptance.chance_of_hit(acceptance.counts(4), 1)
     for i in range(400):
-        acceptance.observe_hit(i % 4 != 0, 4, 1)
+        acceptance.observe_hits(np.array([i % 4 != 0]), np.array([4]), np.array([1]))
     after = acceptance.chance_of_hit(acceptance.counts(4), 1)
     assert before == pytest.approx(0.5)
     assert after == pytest.approx(0.75, abs=0.04)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from engine.config import DecodeConfig, SchedulerConfig
 from engine.decode.policy import policies
 from engine.kv_cache_manager import KVCacheManager
-from engine.messages import FinishReason, GenerateRequest, RequestOutput
+from engine.messages import FinishReason, GenerateRequest, RequestOutput, StepOutputs
 from engine.page_pool import PagePool
 from engine.sampling_params import DecodingMode, SamplingParams
 from engine.scheduler import Scheduler
@@ -15,7 +15,7 @@ K, EOS = 4, 50
 
 
 def make(num_pages: int = 50, page_size: int = 4, seqs: int = 4, budget: int = 100, branches: int = 1) -> Scheduler:
-    kv = KVCacheManager(PagePool(num_pages), page_size)
+    kv = KVCacheManager(PagePool(num_pages), page_size, seqs)
     config = DecodeConfig(DecodingMode.TIDAR, None, branches)
     return Scheduler(SchedulerConfig(seqs, budget), kv, policies(config, K, budget), (EOS,), 60)
 
@@ -52,9 +52,9 @@ def apply(scheduler: Scheduler, plan: StepPlan, **results: tuple[tuple[int, ...]
     for name, num_drafts in zip(names(scheduler, plan), plan.num_drafts.tolist(), strict=True):
         token_ids, held = results.get(name, ((), 1))
         judged.append(RequestResult(token_ids, num_drafts, held, len(token_ids)))
-    outputs = scheduler.apply(plan, StepResult.of(plan.step_id, judged))
+    others, tokens = scheduler.apply(plan, StepResult.of(plan.step_id, judged))
     scheduler.check_integrity()
-    return outputs
+    return list(StepOutputs(scheduler.stats(), tuple(others), tokens).outputs)
 
 
 def test_a_short_prompt_is_computed_and_redrafted_in_one_step() -> None:
@@ -69,9 +69,8 @@ def test_a_short_prompt_is_computed_and_redrafted_in_one_step() -> None:
     (admission,) = plan.admissions
     assert (admission.slot, admission.num_computed, admission.last_token_id, admission.wanted) == (slot, 0, first[5], 20)
     assert (admission.prompt_token_ids, admission.output_token_ids, admission.sampling) == (first, (), sampling)
-    (request,) = scheduler.running
-    assert request.cache is not None
-    assert plan.page_updates.tolist() == [[slot, number, page] for number, page in enumerate(request.cache.page_ids)]
+    pages = scheduler.kv.page_ids(slot)
+    assert plan.page_updates.tolist() == [[slot, number, page] for number, page in enumerate(pages)]
 
 
 def test_a_long_prompt_is_computed_in_chunks() -> None:
@@ -152,17 +151,35 @@ def test_requests_wait_for_a_slot_in_the_order_of_their_arrival() -> None:
     assert list(shares(scheduler, plan_of(scheduler))) == ["c"]
 
 
-def test_rejected_drafts_give_their_pages_back() -> None:
-    scheduler = make(page_size=1)
-    scheduler.add(ask("a", 1))
+def test_pages_of_rejected_drafts_are_kept_until_somebody_needs_them() -> None:
+    scheduler = make(num_pages=1 + 9, page_size=1)
+    scheduler.add(ask("a", 1, wanted=30))
     apply(scheduler, plan_of(scheduler), a=((1,), K))
     plan = plan_of(scheduler)
     assert shares(scheduler, plan) == {"a": (0, 4, 1)}
-    cache = scheduler.running[0].cache
-    assert cache is not None
-    assert len(cache.page_ids) == 1 + 4
+    kv, slot = scheduler.kv, scheduler.running[0].slot
+    before = kv.page_ids(slot).copy()
+    assert len(before) == 1 + 4
     apply(scheduler, plan, a=((2, 3), 1))
-    assert len(cache.page_ids) == cache.num_computed == 3
+    assert (kv.page_ids(slot), kv.num_computed_S[slot]) == (before, 3)
+    # One page is free beside the kept ones that the redraft does not need: only together are they enough.
+    scheduler.add(ask("b", 4))
+    plan = plan_of(scheduler)
+    assert set(shares(scheduler, plan)) == {"a", "b"}
+    assert kv.page_ids(slot) == before[:4], "pages of exact K/V, and those that a launched step writes to, stay"
+    assert scheduler.counters.num_preemptions == 0
+
+
+def test_a_request_that_needs_pages_takes_those_that_others_keep_before_its_drafts_are_cut() -> None:
+    scheduler = make(num_pages=1 + 9, page_size=1)
+    for name in "ab":
+        scheduler.add(ask(name, 1, wanted=30))
+    apply(scheduler, plan_of(scheduler), a=((1,), 1), b=((2,), K))
+    apply(scheduler, plan_of(scheduler), a=((1,), K), b=((3,), 1))
+    assert [len(scheduler.kv.page_ids(r.slot)) for r in scheduler.running] == [2, 5], "b keeps three pages"
+    assert scheduler.kv.pool.num_free == 2
+    assert shares(scheduler, plan_of(scheduler)) == {"a": (0, 4, 1), "b": (0, 1, 1)}
+    assert scheduler.counters.num_preemptions == 0
 
 
 def test_drafts_are_cut_to_the_pages_at_hand_before_anyone_is_preempted() -> None:
@@ -282,7 +299,7 @@ def test_a_request_that_can_never_run_is_answered_with_the_reason() -> None:
 
 
 def test_a_mode_that_the_checkpoint_lacks_is_refused() -> None:
-    kv = KVCacheManager(PagePool(10), 4)
+    kv = KVCacheManager(PagePool(10), 4, 64)
     scheduler = Scheduler(SchedulerConfig(), kv, policies(DecodeConfig(DecodingMode.AR), None, 1024), (), 60)
     scheduler.add(ask("a", 3))
     assert scheduler.take_rejected()[0].error == "this checkpoint cannot decode in mode 'tidar'"
