@@ -80,7 +80,7 @@ def check_writes(core: EngineCore) -> None:
     execute = core.runner.execute
 
     def checked(inputs: StepInputs) -> Tensor | None:
-        owned = {r.slot: {0, *r.cache.page_ids} for r in core.scheduler.running if r.cache is not None}
+        owned = {r.slot: {0, *core.scheduler.kv.page_ids(r.slot)} for r in core.scheduler.running}
         slots = inputs.slot_N[inputs.layout.request_R].tolist()
         for slot, page in zip(slots, (inputs.slot_mapping_R // core.info.page_size).tolist(), strict=True):
             # Nobody owns the null slot of a replayed step, whose rows write to the null page as all padding does.
