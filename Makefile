@@ -9,7 +9,7 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: serve chat test check lint bench docs clean
+.PHONY: serve chat test check lint bench host-time docs clean
 
 serve: $(VENV)/.installed
 	exec $(BIN)/tidar serve --host $(HOST) --port $(PORT) $(ARGS)
@@ -34,6 +34,10 @@ lint: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks.decode_modes $(ARGS)
+
+# What schedule and apply cost the host at 256 running requests; printed, not gated: a shared machine's clock proves nothing.
+host-time: $(VENV)/.installed-dev
+	$(BIN)/python -m benchmarks.scheduler_host $(ARGS)
 
 # Reference pages are generated from the code; tests/rules checks that they are current.
 docs: $(VENV)/.installed-dev

@@ -50,7 +50,7 @@ class DraftPlanner:
         """A step is being planned; ``num_tokens`` are those of the running requests."""
         self._is_verifying = [False] * len(self.policies)
         if self._auto is not None and len(num_tokens_N):
-            self._auto.begin_step(len(num_tokens_N), float(num_tokens_N.mean()))
+            self._auto.begin_step(len(num_tokens_N), float(num_tokens_N.sum()) / len(num_tokens_N))
 
     def plans(self, policy_N: IntArray, held_N: IntArray, wanted_N: IntArray) -> IntArray:
         """Draft plans, [N, 4] (see ``DraftPolicy.plans``); those who want nothing more get an empty one.
@@ -77,6 +77,10 @@ class DraftPlanner:
         self, policy_N: IntArray, plans_N4: IntArray, num_drafts_N: IntArray, num_accepted_N: IntArray, is_hit_N: BoolArray
     ) -> None:
         """What became of a step, for the policy that learns: drafts verified and accepted, and whether a branch was hit."""
-        rows = np.flatnonzero((policy_N == self._number_of_auto) & (num_drafts_N > 0))
-        if self._auto is not None and len(rows):
+        if self._auto is None:
+            return
+        rows = np.flatnonzero(policy_N == self._number_of_auto)
+        if len(rows) == len(policy_N):
+            self._auto.observe(plans_N4, num_drafts_N, num_accepted_N, is_hit_N)
+        elif len(rows):
             self._auto.observe(plans_N4[rows], num_drafts_N[rows], num_accepted_N[rows], is_hit_N[rows])
