@@ -11,6 +11,9 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
+from dataclasses import astuple
+
+import numpy as np
 
 from engine.config import EngineConfig
 from engine.grammar import GrammarError
@@ -21,7 +24,9 @@ from engine.messages import (
     GenerateRequest,
     GrammarSpec,
     RequestOutput,
+    SpeculationStats,
     StepOutputs,
+    TokenColumns,
 )
 from engine.sampling_params import DecodingMode
 
@@ -74,6 +79,15 @@ def _raise_garbage() -> None:
     raise ValueError("garbage")
 
 
+def columns_of(outputs: list[RequestOutput]) -> TokenColumns:
+    return TokenColumns(
+        tuple(output.request_id for output in outputs),
+        np.array([len(output.token_ids) for output in outputs], dtype=np.int64),
+        np.array([token for output in outputs for token in output.token_ids], dtype=np.int64),
+        np.array([astuple(output.speculation) for output in outputs], dtype=np.int64).reshape(-1, 4),
+    )
+
+
 class FakeCore:
     info = INFO
 
@@ -115,7 +129,10 @@ class FakeCore:
         outputs = [self._advance(request) for request in list(self._requests.values()) if self._rest(request)]
         outputs += self._extra
         self._extra = []
-        return StepOutputs(EngineStats(num_steps=self._num_steps, num_running=len(self._requests)), tuple(outputs))
+        # As the real core does: what is neither a first nor a last output goes into columns.
+        plain = [o for o in outputs if o.finish_reason is None and self._num_emitted[o.request_id] > 1]
+        others = tuple(o for o in outputs if not any(o is p for p in plain))
+        return StepOutputs(EngineStats(num_steps=self._num_steps, num_running=len(self._requests)), others, columns_of(plain))
 
     def _rest(self, request: GenerateRequest) -> tuple[int, ...]:
         if request.request_id.startswith(("mute", "watch")):
@@ -133,6 +150,7 @@ class FakeCore:
         token = self._rest(request)[0]
         self._num_emitted[name] += 1
         if self._rest(request) or name.startswith("hold"):
-            return RequestOutput(name, (token,), num_cached_tokens=3)
+            forwards = SpeculationStats(num_forwards=self._num_emitted[name])
+            return RequestOutput(name, (token,), num_cached_tokens=3, speculation=forwards)
         del self._requests[name]
         return RequestOutput(name, (token,), FinishReason.LENGTH)

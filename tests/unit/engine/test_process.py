@@ -6,6 +6,7 @@ import asyncio
 import gc
 import multiprocessing
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -18,7 +19,16 @@ import pytest
 
 from engine.config import EngineConfig, SchedulerConfig
 from engine.interface import Engine, EngineDeadError, QueueFullError
-from engine.messages import EngineStats, FinishReason, GenerateRequest, GrammarSpec, Progress, RequestOutput
+from engine.messages import (
+    EngineStats,
+    FinishReason,
+    GenerateRequest,
+    GrammarSpec,
+    Progress,
+    RequestOutput,
+    SpeculationStats,
+    StepOutputs,
+)
 from engine.process import AsyncEngine, OutputStream
 from engine.sampling_params import SamplingParams
 from engine.worker import run_engine
@@ -170,6 +180,32 @@ def test_outputs_that_wait_are_merged() -> None:
             ]
 
     asyncio.run(scenario())
+
+
+def test_outputs_tell_what_drafting_did_so_far_and_what_was_cached() -> None:
+    async def scenario() -> None:
+        async with running() as engine:
+            stream = engine.generate(ask("hold", *range(40)))
+            await tokens_of(engine.generate(ask("longer", *range(50))))
+            merged = await anext(stream)  # the first output and those in columns behind it
+            assert merged == RequestOutput(
+                "hold", tuple(range(40)), num_cached_tokens=3, speculation=SpeculationStats(num_forwards=40)
+            )
+            await stream.aclose()
+
+    asyncio.run(scenario())
+
+
+def test_columns_are_the_outputs_of_their_requests() -> None:
+    outputs = [
+        RequestOutput("a", (1, 2), speculation=SpeculationStats(3, 2, 8, 5)),
+        RequestOutput("b", (3,), speculation=SpeculationStats(1)),
+    ]
+    last = RequestOutput("c", (4,), FinishReason.LENGTH)
+    step = StepOutputs(EngineStats(), (last,), fake_core.columns_of(outputs))
+    assert pickle.loads(pickle.dumps(step)).outputs == step.outputs == (last, *outputs)
+    assert not step.is_empty
+    assert StepOutputs(EngineStats()).is_empty
 
 
 def test_a_running_id_is_refused() -> None:
