@@ -18,6 +18,9 @@ from kernels.process_logits.metadata import RowSampling
 from kernels.process_logits.reference import forbid_and_bias
 
 LAUNCH = {"num_warps": 8, "enable_fp_fusion": False}
+LAUNCH_SMALL = {"num_warps": 1, "enable_fp_fusion": False}
+"""Of kernels that read a few numbers a row."""
+
 _MAX_BLOCK = 4096
 
 

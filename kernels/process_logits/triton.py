@@ -21,11 +21,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.logits_rows.triton import LAUNCH, Rows, bind_rows, block_size, chunks_of, is_wanted, processed_tile
+from kernels.logits_rows.triton import LAUNCH, LAUNCH_SMALL, Rows, bind_rows, block_size, chunks_of, is_wanted, processed_tile
 from kernels.process_logits.metadata import RowSampling
 
 _CANDIDATES = tl.constexpr(16)
-_ROUNDS = 8
+_ROUNDS = tl.constexpr(8)
 _LOWEST = tl.constexpr(-(2**31))
 _ALL_TIES = tl.constexpr(2**31 - 1)
 
@@ -165,7 +165,7 @@ def _search_kernel(
         tl.store(search.low + cell, low)
         tl.store(search.above + cell, above)
         tl.store(search.target + cell, target)
-    if is_on & (round < 8):
+    if is_on & (round < _ROUNDS):
         candidate = tl.arange(0, _CANDIDATES)
         weight = tl.zeros([_CANDIDATES], tl.float32)
         if tl.load(peaks + q * CHUNKS + chunk) >= low:
@@ -175,7 +175,7 @@ def _search_kernel(
             share = (token < rows.vocab_size).to(tl.float32)
             if IS_MASS:
                 share = tl.where(key >= tl.load(floor + q), tl.exp(x - tl.load(peak + q)), 0.0)
-            for i in tl.static_range(16):
+            for i in tl.static_range(_CANDIDATES):
                 reached = tl.sum(tl.where(key >= low + (i << (28 - 4 * round)), share, 0.0), 0)
                 weight = tl.where(candidate == i, reached, weight)
         row = search.sums + (round % 2 * num_rows + q) * CHUNKS * _CANDIDATES
@@ -228,11 +228,11 @@ def find_cut(rows: Rows, sampling: RowSampling) -> Cut:
     threshold, num_ties = torch.empty((2, num_rows), dtype=torch.int32, device=device)
     kth = _search(rows, sampling.top_k, peaks, peak, threshold, is_mass=False).low[-1] if needs.top_k else None
     min_p = sampling.min_p if needs.min_p else None
-    _floor_kernel[(num_rows,)](peak, threshold, sampling.temperature, peaks, min_p, kth, **chunks, **LAUNCH)
+    _floor_kernel[(num_rows,)](peak, threshold, sampling.temperature, peaks, min_p, kth, **chunks, **LAUNCH_SMALL)
     if not needs.top_p:
         return Cut(threshold)
     found = _search(rows, sampling.top_p, peaks, peak, threshold, is_mass=True)
-    _nucleus_kernel[(num_rows,)](threshold, num_ties, peak, found.low[-1], found.above[-1], found.target[-1], **LAUNCH)
+    _nucleus_kernel[(num_rows,)](threshold, num_ties, peak, found.low[-1], found.above[-1], found.target[-1], **LAUNCH_SMALL)
     ties = torch.empty(grid, dtype=torch.int32, device=device)
     _ties_kernel[grid](ties, threshold, rows, CHUNKS=grid[1], BLOCK=block, **LAUNCH)
     return Cut(threshold, num_ties, ties)
@@ -241,13 +241,13 @@ def find_cut(rows: Rows, sampling: RowSampling) -> Cut:
 def _search(rows: Rows, wanted: Tensor, peaks: Tensor, peak: Tensor, floor: Tensor, *, is_mass: bool) -> _Search:
     """``peak`` and ``floor`` are read only with ``is_mass``."""
     num_rows, num_chunks = peaks.shape
-    above, target = torch.empty((2, _ROUNDS + 1, num_rows), dtype=torch.float32, device=peaks.device)
+    above, target = torch.empty((2, _ROUNDS.value + 1, num_rows), dtype=torch.float32, device=peaks.device)
     low = torch.empty_like(above, dtype=torch.int32)
     sums = torch.empty((2, num_rows, num_chunks, _CANDIDATES.value), dtype=torch.float32, device=peaks.device)
     search = _Search(low, above, target, sums)
     block, chunks = block_size(rows.vocab_size), chunks_of(rows.vocab_size)
-    for number in range(_ROUNDS + 1):
-        grid = (num_rows, num_chunks if number < _ROUNDS else 1)
+    for number in range(_ROUNDS.value + 1):
+        grid = (num_rows, num_chunks if number < _ROUNDS.value else 1)
         values = (search, rows, wanted, peaks, peak, floor, num_rows, number)
         _search_kernel[grid](*values, IS_MASS=is_mass, BLOCK=block, **chunks, **LAUNCH)
     return search

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.logits_rows.triton import LAUNCH, bind_rows, block_size, chunks_of, is_wanted, processed_tile
+from kernels.logits_rows.triton import LAUNCH, LAUNCH_SMALL, bind_rows, block_size, chunks_of, is_wanted, processed_tile
 from kernels.philox.triton import gumbel_tile
 from kernels.process_logits.metadata import RowSampling
 from kernels.process_logits.triton import find_cut, truncated_tile
@@ -126,9 +126,9 @@ def _draw(
     partial_token = torch.empty(grid, dtype=torch.int32, device=device)
     token_Q = torch.empty(num_rows, dtype=torch.long, device=device)
     probability_Q = torch.empty(num_rows, dtype=torch.float32, device=device)
-    options = {**chunks, **LAUNCH, "HAS_PROBABILITY": has_probability}
+    options = {**chunks, "HAS_PROBABILITY": has_probability}
     seed = sampling.seed if is_noisy else None
     block = block_size(rows.vocab_size)
-    _draw_kernel[grid](partial, partial_token, rows, cut, seed, position_Q, scale, BLOCK=block, **options)
-    _merge_kernel[(num_rows,)](token_Q, probability_Q, partial, partial_token, rows, **options)
+    _draw_kernel[grid](partial, partial_token, rows, cut, seed, position_Q, scale, BLOCK=block, **options, **LAUNCH)
+    _merge_kernel[(num_rows,)](token_Q, probability_Q, partial, partial_token, rows, **options, **LAUNCH_SMALL)
     return token_Q, probability_Q
