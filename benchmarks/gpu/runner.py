@@ -31,6 +31,9 @@ REPORT = "report"
 GRACE_SECONDS = 90.0
 """For imports, a model's weights and one cell under way, beyond a part's own time."""
 
+LATE_SECONDS = 20.0
+"""How much later than its minutes a run may end."""
+
 
 @dataclass(frozen=True, slots=True)
 class Part:
@@ -78,17 +81,22 @@ def run_part(bench: Bench, part: Part) -> Record:
     return found
 
 
-def run_apart(bench: Bench, part: Part, arguments: Sequence[str]) -> Record:
-    """Run a part in a process of its own; whatever ends it, there is a record afterwards."""
+def run_apart(bench: Bench, part: Part, arguments: Sequence[str], seconds_left: float = float("inf")) -> Record:
+    """Run a part in a process of its own; whatever ends it, there is a record afterwards.
+
+    One that is killed because no seconds are left, before its own time is over, is begun anew by the next run.
+    """
     command = [sys.executable, "-m", "benchmarks.gpu", *arguments, "--part", part.name]
-    limit = part.section.seconds + GRACE_SECONDS
+    own_limit = part.section.seconds + GRACE_SECONDS
+    limit = min(own_limit, seconds_left)
+    record.path_of(bench.out, part.name).unlink(missing_ok=True)
     problem = ""
     try:
         ended = subprocess.run(command, cwd=ROOT, timeout=limit, check=False).returncode
         if ended:
             problem = f"the process ended with {ended}"
     except subprocess.TimeoutExpired:
-        problem = f"killed after {limit:.0f} s"
+        problem = f"killed after {limit:.0f} s" if limit == own_limit else ""
     found = record.read(bench.out, part.name) or Record(part.section.name, part.part)
     if problem and found.status == "running":
         found.status, found.error = "failed", problem
@@ -112,7 +120,8 @@ def run_all(bench: Bench, parts: Sequence[Part], minutes: float, arguments: Sequ
             left.append(part)
             continue
         print(f"{part.name}: {part.section.answers}", flush=True)
-        found = run_part(bench, part) if arguments is None else run_apart(bench, part, arguments)
+        left_over = 60 * minutes + LATE_SECONDS - spent
+        found = run_part(bench, part) if arguments is None else run_apart(bench, part, arguments, left_over)
         print(f"{part.name}: {found.status}, {len(found.cells)} cells, {found.seconds:.0f} s", flush=True)
         if found.error is not None:
             print(found.error, flush=True)

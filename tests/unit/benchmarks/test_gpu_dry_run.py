@@ -180,6 +180,9 @@ def test_a_process_that_breaks_off_leaves_a_record(tmp_path, monkeypatch, ended,
     found = run_apart(bench, part, [])
     assert (found.status, found.cells) == ("failed", [{"figure": 1}])
     assert problem in found.error
+    if isinstance(ended, Exception):
+        found = run_apart(bench, part, [], seconds_left=30.0)
+        assert (found.status, found.error) == ("running", None), "the run had no time, which is not the part's fault"
 
 
 def test_yardsticks_compute_the_attention_of_the_step(tmp_path, fake_peers):
