@@ -19,7 +19,7 @@ from tests.engine.oracle import decode
 from tests.engine.real_text import real_text_language
 from tests.engine.tiny import ARCHITECTURES, BLOCK_LENGTH, SHARED, tiny_model
 from tests.engine.vocabulary import TINY, Language
-from tests.engine.workload import PLANS, Tally, make_workload, run_plan, same
+from tests.engine.workload import PLANS, Tally, make_workload, random_requests, run_plan, same
 
 BASE_SEED = int(os.environ.get("TIDAR_TEST_SEED", "0"))
 TINY_WORKLOADS, REAL_WORKLOADS, NUM_REQUESTS = 5, 3, 10
@@ -34,8 +34,9 @@ def tallies() -> defaultdict[str, Tally]:
 def check_workload(name: str, architecture: str, number: int, model: Transformer, language: Language, tally: Tally) -> None:
     """Run one workload in every plan."""
     rng = random.Random(f"{BASE_SEED} {name} {architecture} {number}")
+    requests = random_requests(rng, language, "request", NUM_REQUESTS)
     workload = make_workload(
-        rng, model, language, NUM_REQUESTS, lambda rs: {r.request_id: decode(model, r, language.tokenizer) for r in rs}
+        rng, model, language, requests, lambda rs: {r.request_id: decode(model, r, language.tokenizer) for r in rs}
     )
     for plan in PLANS:
         run = run_plan(random.Random(f"{BASE_SEED} {name} {architecture} {number} {plan}"), workload, plan)
