@@ -103,6 +103,7 @@ def tiny_engine(
     capture: Capture | None = None,
     memory: DeviceMemory | None = None,
     grammars: GrammarCompiler | None = None,
+    max_model_len: int = MAX_MODEL_LEN,
     **decode: float,
 ) -> EngineCore:
     """An engine around a model, assembled as the server's is; grammars are for the tiny vocabulary if nothing is said."""
@@ -113,4 +114,4 @@ def tiny_engine(
         decode=DecodeConfig(mode, block_length, num_branches, **decode),
     )
     compiler = grammars or TINY.compiler()
-    return assemble(config, model, MAX_MODEL_LEN, SamplingDefaults(), compiler, capture=capture, memory=memory)
+    return assemble(config, model, max_model_len, SamplingDefaults(), compiler, capture=capture, memory=memory)
