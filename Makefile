@@ -9,7 +9,7 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: serve chat test check lint bench host-time docs clean
+.PHONY: serve chat test check lint bench host-time eval docs clean
 
 serve: $(VENV)/.installed
 	exec $(BIN)/tidar serve --host $(HOST) --port $(PORT) $(ARGS)
@@ -39,6 +39,10 @@ bench: $(VENV)/.installed-dev
 host-time: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks.scheduler_host $(ARGS)
 
+# lm-eval through the server in every exact mode, beside its own Transformers backend.
+eval: $(VENV)/.installed-eval
+	$(BIN)/python -m benchmarks.lm_eval_parity $(ARGS)
+
 # Reference pages are generated from the code; tests/rules checks that they are current.
 docs: $(VENV)/.installed-dev
 	$(BIN)/python -m docs.generate
@@ -52,6 +56,10 @@ $(VENV)/.installed: $(VENV)/bin/python pyproject.toml constraints.txt
 
 $(VENV)/.installed-dev: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --constraint constraints.txt --editable '.[dev]'
+	touch $@ $(VENV)/.installed
+
+$(VENV)/.installed-eval: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --constraint constraints.txt --editable '.[eval]'
 	touch $@ $(VENV)/.installed
 
 clean:

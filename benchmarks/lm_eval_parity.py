@@ -1,8 +1,9 @@
 """lm-eval through ``/v1/completions`` in ``ar`` and ``tidar`` mode, beside its own Transformers backend on the same weights.
 
-The task is local: held-out questions about the standard library, as a choice of answers (log-likelihoods of echoed prompts) and
-as generation. ``tidar`` has to give the very numbers of ``ar``, and both those of Transformers within 1e-3. Needs the extra
-``eval``: ``pip install --constraint constraints.txt '.[eval]'``. Ends with one line of JSON, and fails if the numbers differ.
+The tasks are local: held-out questions about the standard library, as a choice of answers (log-likelihoods of echoed
+prompts), as generation, and as texts whose likelihood is summed. ``linear`` and ``tidar`` have to give the very numbers of
+``ar``, and all of them those of Transformers within 1e-3. ``make eval`` installs the extra ``eval`` and runs it. Ends with one
+line of JSON, and fails if the numbers differ.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,9 @@ READY_SECONDS = 120.0
 def write_tasks(folder: Path, num_questions: int) -> list[str]:
     """Write the questions, and the task files with their address; return the tasks' names."""
     items, rng = Judge().items, random.Random(0)
-    questions = [q for q in load_held_out()["close"] if q.intent != "refusal"][:num_questions]
+    held_out = load_held_out()
+    known = [q for name in ("close", "far") for q in held_out[name] if q.intent != "refusal"]
+    questions = rng.sample(known, min(num_questions, len(known)))
     lines = []
     for question in questions:
         answer = items[f"{question.intent}:{question.name}"].answer
@@ -56,28 +59,37 @@ def write_tasks(folder: Path, num_questions: int) -> list[str]:
 
 
 @contextmanager
-def server(mode: str, port: int) -> Iterator[str]:
-    """A server of the bundled model in one mode; its completions address."""
+def server(mode: str, port: int, log: Path) -> Iterator[str]:
+    """A server of the bundled model in one mode; its completions address. Raises RuntimeError with what it said."""
     command = [sys.executable, "-m", "server.cli", "serve", "--port", str(port), "--decoding", mode]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    try:
-        _wait_until_ready(process, f"http://127.0.0.1:{port}/health/ready")
-        yield f"http://127.0.0.1:{port}/v1/completions"
-    finally:
-        process.terminate()
-        process.wait()
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+        try:
+            if not _is_ready(process, f"http://127.0.0.1:{port}/health/ready"):
+                raise RuntimeError(f"the server did not become ready:\n{log.read_text()}")
+            yield f"http://127.0.0.1:{port}/v1/completions"
+        finally:
+            process.terminate()
+            process.wait()
 
 
-def _wait_until_ready(process: subprocess.Popen[bytes], url: str) -> None:
+def _is_ready(process: subprocess.Popen[bytes], url: str) -> bool:
     deadline = time.monotonic() + READY_SECONDS
     while time.monotonic() < deadline and process.poll() is None:
         try:
             if httpx.get(url).status_code == 200:
-                return
+                return True
         except httpx.TransportError:
             pass
         time.sleep(0.2)
-    raise RuntimeError("the server did not become ready")
+    return False
+
+
+def num_draft_tokens(url: str) -> int:
+    """How many drafts a server has verified, as its metrics tell."""
+    text = httpx.get(url.replace("/v1/completions", "/metrics")).text
+    lines = [line for line in text.splitlines() if line.startswith("vllm:spec_decode_num_draft_tokens_total")]
+    return sum(int(float(line.rsplit(" ", 1)[1])) for line in lines)
 
 
 def evaluate(model: str, arguments: dict[str, Any], tasks: list[str], folder: Path) -> dict[str, float]:
@@ -85,9 +97,10 @@ def evaluate(model: str, arguments: dict[str, Any], tasks: list[str], folder: Pa
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
-    results = simple_evaluate(
-        model, arguments, tasks, task_manager=TaskManager(include_path=str(folder)), bootstrap_iters=0, batch_size=8
-    )
+    # Its progress bars hide what is reported here.
+    with (folder / "lm_eval.log").open("a") as log, redirect_stderr(log):
+        manager = TaskManager(include_path=str(folder))
+        results = simple_evaluate(model, arguments, tasks, task_manager=manager, bootstrap_iters=0, batch_size=8)
     assert results is not None
     return {
         f"{task}/{name.split(',')[0]}": value
@@ -104,25 +117,32 @@ def main() -> int:
     parser.add_argument("--port", type=int, default=8799)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.update(HF_HUB_OFFLINE="1", LMEVAL_LOG_LEVEL="ERROR")
     numbers: dict[str, dict[str, float]] = {}
+    drafted: dict[str, int] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         os.environ.setdefault("HF_HOME", str(folder / "cache"))
         tasks = write_tasks(folder, options.questions)
         for mode in MODES:
-            with server(mode, options.port) as url:
+            print(f"{mode}: {', '.join(tasks)} through a server", flush=True)
+            with server(mode, options.port, folder / "server.log") as url:
                 client = {"model": "tidar-stdlib", "base_url": url, "tokenizer": str(MODEL), "tokenizer_backend": "huggingface"}
                 numbers[mode] = evaluate("local-completions", client, tasks, folder)
+                drafted[mode] = num_draft_tokens(url)
+        print("transformers: the same by lm-eval's own backend", flush=True)
         weights = {"pretrained": str(MODEL), "dtype": "float32", "device": "cpu"}
         numbers["transformers"] = evaluate("hf", weights, tasks, folder)
     names = sorted(numbers["ar"])
     print(table(("metric", *numbers), [(n, *(f"{numbers[backend][n]:.6f}" for backend in numbers)) for n in names]))
+    print(f"draft tokens verified: {drafted}")
     equal = all(numbers[mode] == numbers["ar"] for mode in MODES)
     gap = max(abs(numbers["ar"][n] - numbers["transformers"][n]) for n in names)
     print(f"every mode gives the numbers of ar: {equal}; largest gap to Transformers: {gap:.2e}")
-    finish("lm_eval_parity", {"questions": options.questions, "numbers": numbers, "equal": equal, "gap": gap}, options.out)
-    return 0 if equal and gap <= LARGEST_GAP else 1
+    results = {"questions": options.questions, "numbers": numbers, "draft_tokens": drafted, "equal": equal, "gap": gap}
+    finish("lm_eval_parity", results, options.out)
+    has_drafted = all((drafted[mode] > 0) == (mode != "ar") for mode in MODES)
+    return 0 if equal and has_drafted and gap <= LARGEST_GAP else 1
 
 
 if __name__ == "__main__":

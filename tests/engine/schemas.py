@@ -158,7 +158,11 @@ UNIONS: dict[str, Schema] = {
 REFERENCES: dict[str, Schema] = {
     "reference": {"$defs": {"id": {"type": "integer", "minimum": 1, "maximum": 99}}, **_object({"a": {"$ref": "#/$defs/id"}})},
     "references to references": {
-        "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"type": "array", "items": {"$ref": "#/$defs/c"}, "maxItems": 2}, "c": _INTEGER},
+        "$defs": {
+            "a": {"$ref": "#/$defs/b"},
+            "b": {"type": "array", "items": {"$ref": "#/$defs/c"}, "maxItems": 2},
+            "c": _INTEGER,
+        },
         "$ref": "#/$defs/a",
     },
     "definitions of draft 7": {
@@ -168,7 +172,9 @@ REFERENCES: dict[str, Schema] = {
     },
     "anchor": {"$defs": {"a": {"$anchor": "number", "type": "integer"}}, "$ref": "#number"},
     "list by recursion": {
-        "$defs": {"list": {"anyOf": [{"type": "null"}, _object({"value": {"enum": [1, 2]}, "next": {"$ref": "#/$defs/list"}})]}},
+        "$defs": {
+            "list": {"anyOf": [{"type": "null"}, _object({"value": {"enum": [1, 2]}, "next": {"$ref": "#/$defs/list"}})]}
+        },
         "$ref": "#/$defs/list",
     },
     "tree": {
@@ -190,13 +196,18 @@ REFERENCES: dict[str, Schema] = {
             "e": {
                 "anyOf": [
                     {"type": "integer", "minimum": 0, "maximum": 9},
-                    _object({"op": {"enum": ["+", "*"]}, "args": {"type": "array", "items": {"$ref": "#/$defs/e"}, "minItems": 2, "maxItems": 2}}),
+                    _object(
+                        {
+                            "op": {"enum": ["+", "*"]},
+                            "args": {"type": "array", "items": {"$ref": "#/$defs/e"}, "minItems": 2, "maxItems": 2},
+                        }
+                    ),
                 ]
             }
         },
         "$ref": "#/$defs/e",
     },
-}  # fmt: skip
+}
 
 LIFELIKE: dict[str, Schema] = {
     "person": _object(
@@ -211,13 +222,20 @@ LIFELIKE: dict[str, Schema] = {
     ),
     "steps of a solution": _object(
         {
-            "steps": {"type": "array", "items": _object({"explanation": _SHORT, "output": _SHORT}), "minItems": 1, "maxItems": 3},
+            "steps": {
+                "type": "array",
+                "items": _object({"explanation": _SHORT, "output": _SHORT}),
+                "minItems": 1,
+                "maxItems": 3,
+            },
             "final_answer": _SHORT,
         }
     ),
     "tool call": {
         "anyOf": [
-            _object({"name": {"const": "weather"}, "arguments": _object({"city": _SHORT, "unit": {"enum": ["°C", "°F"]}}, "city")}),
+            _object(
+                {"name": {"const": "weather"}, "arguments": _object({"city": _SHORT, "unit": {"enum": ["°C", "°F"]}}, "city")}
+            ),
             _object({"name": {"const": "add"}, "arguments": _object({"a": {"type": "number"}, "b": {"type": "number"}})}),
         ]
     },
@@ -226,7 +244,13 @@ LIFELIKE: dict[str, Schema] = {
             "id": {"type": "string", "pattern": "^INV-[0-9]{4}$"},
             "lines": {
                 "type": "array",
-                "items": _object({"item": _SHORT, "count": {"type": "integer", "minimum": 1, "maximum": 99}, "net": {"type": "number", "minimum": 0}}),
+                "items": _object(
+                    {
+                        "item": _SHORT,
+                        "count": {"type": "integer", "minimum": 1, "maximum": 99},
+                        "net": {"type": "number", "minimum": 0},
+                    }
+                ),
                 "minItems": 1,
                 "maxItems": 2,
             },
@@ -243,8 +267,20 @@ LIFELIKE: dict[str, Schema] = {
                 "type": "array",
                 "items": {
                     "anyOf": [
-                        _object({"type": {"const": "text"}, "label": _SHORT, "max": {"type": "integer", "minimum": 1, "maximum": 80}}),
-                        _object({"type": {"const": "choice"}, "label": _SHORT, "options": {"type": "array", "items": _SHORT, "minItems": 1, "maxItems": 2}}),
+                        _object(
+                            {
+                                "type": {"const": "text"},
+                                "label": _SHORT,
+                                "max": {"type": "integer", "minimum": 1, "maximum": 80},
+                            }
+                        ),
+                        _object(
+                            {
+                                "type": {"const": "choice"},
+                                "label": _SHORT,
+                                "options": {"type": "array", "items": _SHORT, "minItems": 1, "maxItems": 2},
+                            }
+                        ),
                     ]
                 },
                 "minItems": 1,
@@ -252,7 +288,7 @@ LIFELIKE: dict[str, Schema] = {
             }
         }
     ),
-}  # fmt: skip
+}
 
 ENDLESS: dict[str, Schema] = {
     "never complete": {
@@ -263,8 +299,16 @@ ENDLESS: dict[str, Schema] = {
 """Schemas that no finite text satisfies: an output ends when its tokens are used up."""
 
 SCHEMAS: dict[str, Schema] = {
-    **SCALARS, **BOUNDS, **PATTERNS, **OBJECTS, **ARRAYS, **UNIONS, **REFERENCES, **LIFELIKE, **ENDLESS
-}  # fmt: skip
+    **SCALARS,
+    **BOUNDS,
+    **PATTERNS,
+    **OBJECTS,
+    **ARRAYS,
+    **UNIONS,
+    **REFERENCES,
+    **LIFELIKE,
+    **ENDLESS,
+}
 
 REFUSED: dict[str, tuple[Schema, str]] = {
     "not": ({"not": _STRING}, "$"),

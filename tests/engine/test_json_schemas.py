@@ -1,4 +1,4 @@
-"""Structured output over many JSON schemas, in a real tokenizer's vocabulary: valid, never stuck, and equal in every exact mode.
+"""Structured output over many JSON schemas, in a real tokenizer's vocabulary: valid, never stuck, equal in every exact mode.
 
 A random model says what it likes within the grammar, which meets more of a schema than a trained one would. Closing brackets,
 quotes and the end are made likelier, so that most outputs end by themselves. The grammars are those that the server makes.
