@@ -9,13 +9,17 @@ from dataclasses import dataclass, field
 import pytest
 
 from engine.core import EngineCore
-from engine.messages import RequestOutput, SpeculationStats, TokenColumns
+from engine.messages import FinishReason, RequestOutput, SpeculationStats, TokenColumns
 from engine.sampling_params import DecodingMode
-from engine.step import RequestResult, StepPlan, StepResult
+from engine.step import RequestResult, ScheduledRequest, StepPlan, StepResult
 from tests.engine.driver import Transcript, drive
 from tests.engine.fake_device import FakeLimits, fake_engine, make_script
+from tests.engine.tiny import tiny_engine, tiny_model
+from tests.engine.vocabulary import TINY
+from tests.engine.workload import by_diffusion, random_requests
 
 BLOCK_LENGTH = 4
+TOTALS = ("num_steps", "generation_tokens", "prefill_rows", "draft_rows", "mask_rows", "branch_hits", "branch_misses")
 
 
 @dataclass
@@ -47,7 +51,7 @@ class Recount:
             self.totals["generation_tokens"] += sum(len(output.token_ids) for output in others) + len(tokens.token_ids)
             for owner, share, judged in rows:
                 if owner in running:
-                    self._count(owner[0], share.draft_plan.num_branches > 0, judged)
+                    self._count(owner[0], share, judged)
                     self.totals["prefill_rows"] += len(share.prefill_token_ids)
                     self.totals["draft_rows"] += share.draft_plan.num_drafts
                     self.totals["mask_rows"] += share.draft_plan.num_branches * share.draft_plan.block_length
@@ -55,16 +59,16 @@ class Recount:
 
         scheduler.schedule, scheduler.apply = scheduled, applied  # type: ignore[method-assign]
 
-    def _count(self, name: str, has_branches: bool, judged: RequestResult) -> None:
+    def _count(self, name: str, share: ScheduledRequest, judged: RequestResult) -> None:
         for counter in (self.totals, self.of_request[name]):
-            counter["forwards"] += judged.num_drafts > 0
+            counter["forwards"] += share.draft_plan.num_rows > 0
             if judged.num_drafts > 1:
                 counter["num_drafts"] += 1
                 counter["num_draft_tokens"] += judged.num_drafts - 1
                 counter["num_accepted_tokens"] += len(judged.token_ids) - 1
         if judged.num_drafts > 1:
             self.accepted_at.update(range(len(judged.token_ids) - 1))
-        if has_branches:
+        if share.draft_plan.num_branches and judged.num_drafts:
             self.totals["branch_hits" if judged.num_held > 1 else "branch_misses"] += 1
 
 
@@ -81,7 +85,7 @@ def test_counters_equal_what_happened(depth: int, num_pages: int) -> None:
     transcript = drive(core, [s.request for s in scripts])
     stats = core.scheduler.stats()
     assert (stats.num_preemptions > 0) == (num_pages == 14)
-    for name in ("num_steps", "generation_tokens", "prefill_rows", "draft_rows", "mask_rows", "branch_hits", "branch_misses"):
+    for name in TOTALS:
         assert getattr(stats, name) == recount.totals[name], name
     for name in ("forwards", "num_drafts", "num_draft_tokens", "num_accepted_tokens"):
         assert getattr(stats, name) == recount.totals[name] > 0, name
@@ -93,11 +97,53 @@ def test_counters_equal_what_happened(depth: int, num_pages: int) -> None:
         check_speculation(script.request.request_id, transcript, recount)
 
 
+@pytest.mark.parametrize("depth", [0, 1])
+@pytest.mark.parametrize("num_pages", [20, None])
+def test_counters_equal_what_happened_with_every_option_and_beside_diffusion(depth: int, num_pages: int | None) -> None:
+    rng = random.Random(f"{depth} {num_pages}")
+    requests = random_requests(rng, TINY, "request", 24)
+    requests += [by_diffusion(request) for request in random_requests(rng, TINY, "lossy", 6)]
+    core = tiny_engine(
+        tiny_model("qwen3", 0, 1.0), page_size=4, num_pages=num_pages, max_num_seqs=6, budget=40, depth=depth, num_branches=2
+    )
+    recount = Recount()
+    recount.watch(core)
+    transcript, stats = drive(core, requests), core.scheduler.stats()
+    assert (stats.num_preemptions > 5) == (num_pages is not None)
+    for name in (*TOTALS, "num_drafts", "num_draft_tokens", "num_accepted_tokens", "forwards"):
+        assert getattr(stats, name) == recount.totals[name] > 0, name
+    assert stats.accepted_per_position == tuple(recount.accepted_at[i] for i in range(5))
+    assert sum(stats.accepted_per_position) == stats.num_accepted_tokens
+    ends = {True: 0, False: 0}
+    for request in requests:
+        answer = transcript.answer(request.request_id)
+        speculation, counted = transcript.outputs[request.request_id][-1].speculation, recount.of_request[request.request_id]
+        assert speculation == speculation_of(counted)
+        if request.decoding is DecodingMode.DIFFUSION:
+            assert speculation == SpeculationStats(speculation.num_forwards), "its drafts are not called verified"
+            continue
+        # A forward gives the token that verification takes, and the accepted drafts; those behind a stop were dropped.
+        given = speculation.num_forwards + speculation.num_accepted_draft_tokens
+        ends[answer.finish_reason is FinishReason.STOP] += 1
+        assert len(answer.token_ids) <= given, request
+        assert len(answer.token_ids) == given or answer.finish_reason is FinishReason.STOP, request
+    assert min(ends.values()) > 3
+
+
 def random_script(rng: random.Random, name: str):  # type: ignore[no-untyped-def]
     prompt = tuple(rng.choices(range(4), k=rng.randint(1, 20)))
     output = tuple(rng.choices((0, 1, 2, 3, 99), (8, 8, 8, 8, 1), k=rng.randint(1, 20)))
     mode = rng.choice((DecodingMode.AR, DecodingMode.LINEAR, DecodingMode.TIDAR))
     return make_script(name, prompt, output, mode)
+
+
+def speculation_of(counted: Counter[str]) -> SpeculationStats:
+    return SpeculationStats(
+        num_forwards=counted["forwards"],
+        num_spec_steps=counted["num_drafts"],
+        num_draft_tokens=counted["num_draft_tokens"],
+        num_accepted_draft_tokens=counted["num_accepted_tokens"],
+    )
 
 
 def check_speculation(name: str, transcript: Transcript, recount: Recount) -> None:
@@ -108,12 +154,7 @@ def check_speculation(name: str, transcript: Transcript, recount: Recount) -> No
     speculation, times = outputs[-1].speculation, outputs[-1].times
     assert times is not None
     assert times.scheduled <= times.first_token <= times.finished
-    assert speculation == SpeculationStats(
-        num_forwards=counted["forwards"],
-        num_spec_steps=counted["num_drafts"],
-        num_draft_tokens=counted["num_draft_tokens"],
-        num_accepted_draft_tokens=counted["num_accepted_tokens"],
-    )
+    assert speculation == speculation_of(counted)
     num_tokens = len(transcript.tokens(name))
     expected = (num_tokens - 1) / (len(outputs) - 1) if len(outputs) > 1 else None
     assert speculation.tokens_per_forward(num_tokens) == expected

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from engine.core import EngineCore
 from engine.decode.inputs import StepInputs
 from engine.input_batch import SamplingNeeds
-from engine.messages import GenerateRequest
+from engine.messages import GenerateRequest, GrammarSpec, Thinking
 from engine.sampling_params import DecodingMode, SamplingParams
 from kernels.process_logits.metadata import RowSampling
 from kernels.process_logits.reference import process_logits
@@ -23,6 +24,7 @@ from kernels.sampling.reference import sample
 from tests.engine.driver import drive
 from tests.engine.oracle import Context, next_token_logits, processed
 from tests.engine.tiny import BLOCK_LENGTH, MASK_TOKEN, MAX_MODEL_LEN, VOCAB_SIZE, tiny_engine, tiny_model
+from tests.engine.vocabulary import GRAMMARS, THINK_BEGIN, THINK_END
 
 CONTEXT = Context([], [], mask_token_id=MASK_TOKEN)
 SETTINGS = {
@@ -179,6 +181,66 @@ def test_noise_is_keyed_by_position_so_equal_readings_accept_every_draft(
     outputs = {transcript.tokens(r.request_id) for r in requests}
     assert len(outputs) == len(requests), "the outputs have to be random for this test to mean anything"
     assert min(len(set(output)) for output in outputs) > 8
+
+
+EVERY_TOKEN = tuple(token for token in range(VOCAB_SIZE) if token != MASK_TOKEN)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"logit_bias": ((4, 3.0), (9, -50.0), (15, 2.0))},
+        {"min_p": 0.2},
+        {"min_tokens": 25, "stop_token_ids": (12, 13)},
+        # What the whole prompt has said is penalised alike, whatever the block says before.
+        {"repetition_penalty": 1.8},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_drafts_go_through_the_very_processing_of_their_verification(options: dict[str, Any]) -> None:
+    core, _ = table_engine(2, 0)
+    for i in range(12):
+        sampling = SamplingParams(36, i, (1.0, 0.7)[i % 2], ignore_eos=True, **options)
+        core.add(GenerateRequest(str(i), EVERY_TOKEN, sampling, DecodingMode.TIDAR))
+    while core.has_work:
+        core.step()
+    stats = core.scheduler.stats()
+    assert stats.num_draft_tokens > 200
+    assert stats.num_accepted_tokens == stats.num_draft_tokens
+
+
+@pytest.mark.parametrize("name", GRAMMARS)
+@pytest.mark.parametrize("depth", [0, 1])
+def test_drafts_follow_the_grammar_of_their_verification(name: str, depth: int) -> None:
+    """A draft that the grammar forbids is drawn again under its mask, not cut, so equal readings accept all of them."""
+    core, _ = table_engine(2, depth)
+    thinking = (None, Thinking(THINK_END, is_open=True), Thinking(THINK_END, THINK_BEGIN))
+    for i in range(24):
+        sampling = SamplingParams(40, i, logit_bias=((THINK_END, 1.0),))
+        core.add(
+            GenerateRequest(str(i), (9, 10), sampling, DecodingMode.TIDAR, grammar=GrammarSpec(GRAMMARS[name], thinking[i % 3]))
+        )
+    while core.has_work:
+        core.step()
+    stats = core.scheduler.stats()
+    assert stats.num_draft_tokens > 100
+    assert stats.num_accepted_tokens == stats.num_draft_tokens
+
+
+def test_drafts_are_penalised_for_what_was_emitted_before_their_block() -> None:
+    """The tokens of a block are made at once, so only a repetition inside of it may be rejected."""
+    accepted = {}
+    for penalty in (0.0, 2.0):
+        core, _ = table_engine(2, 0)
+        for i in range(12):
+            sampling = SamplingParams(40, i, temperature=0.3, ignore_eos=True, presence_penalty=penalty)
+            core.add(GenerateRequest(str(i), (9, 10), sampling, DecodingMode.TIDAR))
+        while core.has_work:
+            core.step()
+        stats = core.scheduler.stats()
+        accepted[penalty] = stats.num_accepted_tokens / stats.num_draft_tokens
+    assert accepted[0.0] == 1.0
+    assert 0.75 < accepted[2.0] < 1.0
 
 
 def test_choices_of_one_prompt_differ_by_seed_only() -> None:

@@ -113,7 +113,7 @@ def _random_request(rng: random.Random, language: Language, name: str, prefix: l
     return GenerateRequest(name, tuple(prompt[: MAX_MODEL_LEN - sampling.max_tokens]), sampling, mode, salt, grammar=grammar)
 
 
-def _by_diffusion(request: GenerateRequest) -> GenerateRequest:
+def by_diffusion(request: GenerateRequest) -> GenerateRequest:
     """The request with nothing left that needs verification."""
     none = {"frequency_penalty": 0.0, "presence_penalty": 0.0, "repetition_penalty": 1.0, "min_tokens": 0}
     sampling = replace(request.sampling, **none, logprobs=None, prompt_logprobs=None)
@@ -129,7 +129,7 @@ def make_workload(
 ) -> Workload:
     """Requests and what ``decode`` answers to them; two strangers, one of which decodes by diffusion."""
     strangers = random_requests(rng, language, "stranger", 2)
-    strangers[1] = _by_diffusion(strangers[1])
+    strangers[1] = by_diffusion(strangers[1])
     return Workload(model, language, requests, dict(decode(requests)), strangers)
 
 
