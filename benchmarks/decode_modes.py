@@ -2,6 +2,7 @@
 
 Each round runs every configuration once, in turn, so that a machine that slows down slows down all of them; the figures are
 medians over rounds. Answers are greedy and must equal those of ``ar`` or the run fails. Speeds count prefill and decode.
+The second table is what grammars cost (``benchmarks/grammar_cost.py``).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks import grammar_cost
 from benchmarks.bundled import MAX_TOKENS, MODEL, Sample, build_engine, load_bundled, run_engine
 from benchmarks.report import finish, table
 from benchmarks.stdlib_questions import load_held_out
@@ -157,6 +159,7 @@ def main() -> None:
                 run_transformers, peer, prompts, batch, tokenizer.pad_token_id, model.config.eos_token_ids[0]
             )
             rows += summarise(set_name, batch, measure(runs, arguments.rounds), len(prompts))
+    grammar_rows = grammar_cost.measure(model, prompt_sets(tokenizer, arguments.prompts)["known"], arguments.rounds)
     header = (
         "prompts",
         "configuration",
@@ -174,7 +177,8 @@ def main() -> None:
         for r in rows
     ]  # fmt: skip
     print(table(header, cells))
-    finish("decode_modes", [asdict(r) for r in rows], arguments.out)
+    print(f"\n{grammar_cost.report(grammar_rows)}")
+    finish("decode_modes", {"modes": [asdict(r) for r in rows], "grammars": [asdict(r) for r in grammar_rows]}, arguments.out)
 
 
 if __name__ == "__main__":
