@@ -215,8 +215,10 @@ def same(given: Answer, expected: Answer, tolerance: float = 1e-9) -> bool:
 
 def same_logprobs(one: TokenLogprobs, other: TokenLogprobs, tolerance: float) -> bool:
     """Equal values; equal tokens and rank, but for neighbours that are closer than the tolerance."""
+    if (one.token_id, len(one.top)) != (other.token_id, len(other.top)):
+        return False
     values = [(one.logprob, other.logprob), *((p[1], q[1]) for p, q in zip(one.top, other.top, strict=True))]
-    if one.token_id != other.token_id or any(abs(p - q) > tolerance for p, q in values):
+    if any(abs(p - q) > tolerance for p, q in values):
         return False
     swapped = [i for i, (p, q) in enumerate(zip(one.top, other.top, strict=True)) if p[0] != q[0]]
     return all(_has_close_neighbour(one, i, tolerance) for i in swapped) and abs(one.rank - other.rank) <= (tolerance > 1e-6)
