@@ -1,4 +1,4 @@
-"""Attention by rows a request, batch and context: ours, with exact and with loose bounds, and the reference."""
+"""Attention by rows a request, batch and context: ours, and the reference."""
 
 from __future__ import annotations
 
@@ -57,19 +57,13 @@ def cases(bench: Bench, model: str) -> Iterator[tuple[Cell, AttentionCase]]:
 
 
 def run(bench: Bench, model: str) -> Cells:
-    """A captured step knows only how long a context may become: that bound is tried, too."""
+    """Ours and the reference, as far as it reaches."""
     for size, case in cases(bench, model):
         for name in bench.kernel_names:
             if name != "reference" or case.num_requests * case.context <= REFERENCE_TOKENS:
                 kernels = bench.kernels(name, model)
                 yield attempt(size | {"kernels": name}, lambda kernels=kernels, case=case: _measure(bench, case, kernels))
-        longest = max(bench.pick(CONTEXTS, (512,)))
-        loose = replace(case, metadata=replace(case.metadata, max_prefix=(longest,) * case.num_requests))
-        kernels = bench.kernels(bench.kernel_names[0], model)
-        cell = size | {"kernels": f"{kernels.name.split()[0].strip(',')}, bound {longest}"}
-        if not bench.is_dry and case.context < longest:
-            yield attempt(cell, lambda kernels=kernels, loose=loose: _measure(bench, loose, kernels))
-        del case, loose
+        del case
 
 
 def _measure(bench: Bench, case: AttentionCase, kernels: Kernels) -> Cell:

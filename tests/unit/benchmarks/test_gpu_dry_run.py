@@ -269,11 +269,17 @@ def test_targets_are_judged_by_the_cells_that_they_name():
     assert {outcome.found for outcome in judge(dry)} == {None}
 
 
+def imports(file: Path) -> set[str]:
+    tree = ast.parse(file.read_text())
+    names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    return names | {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+
+
 def test_the_benchmark_needs_nothing_of_the_server():
     """The machine with the GPU may lack what the HTTP server is made of."""
-    files = [*(ROOT / "benchmarks" / "gpu").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
-    for file in files:
-        tree = ast.parse(file.read_text())
-        names = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
-        names += [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
-        assert not {name.split(".")[0] for name in names} & {"server", "fastapi", "pydantic", "uvicorn", "llguidance"}, file
+    files = {*(ROOT / "benchmarks" / "gpu").rglob("*.py")}
+    shared = {name.split(".")[1] for file in files for name in imports(file) if name.startswith("benchmarks.")} - {"gpu"}
+    assert {"bundled", "report"} <= shared
+    for file in files | {ROOT / "benchmarks" / f"{name}.py" for name in shared}:
+        packages = {name.split(".")[0] for name in imports(file)}
+        assert not packages & {"server", "fastapi", "pydantic", "uvicorn", "llguidance"}, file
