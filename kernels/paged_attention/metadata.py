@@ -17,7 +17,7 @@ class AttentionMetadata:
     ``max_prefix``: a host-side upper bound of each of them, as many integers as requests.
     ``block_table`` [N, P]: page of every ``page_size`` positions; entries beyond the prefix are arbitrary but valid page ids.
     ``limit``, ``branch`` [R]: the mask among the rows of a step, see ``kernels.mask_layout``. The index that ``limit`` counts
-    is the row's number within its request.
+    is the row's number within its request; a limit is at most the number of its clean rows, and below zero it is like zero.
     """
 
     row_starts: tuple[int, ...]

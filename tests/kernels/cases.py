@@ -58,7 +58,8 @@ class Request:
         for number, after in enumerate(self.branches):
             limit += [self.prefill + after + 1] * self.block
             branch += [number] * self.block
-        limit += [0] * self.padding_rows
+        # Behind a padding branch, that of an anchor is below zero.
+        limit += [-1] * self.padding_rows
         branch += [len(self.branches) + i for i in range(self.padding_rows)]
         return limit, branch
 

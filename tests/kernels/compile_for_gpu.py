@@ -1,32 +1,47 @@
 """Compiles the Triton kernels to machine code for compute capability 9.0, without a GPU: ``python -m`` this module.
 
-Needs a process in which Triton is not interpreting. Prints the shared memory of each variant.
+Needs a process in which Triton is not interpreting. Prints registers a thread, bytes of stack (what did not fit them) and
+shared memory of each variant. With ``--few``, the attention is compiled in a few of its shapes.
 """
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
+import tempfile
 from typing import Any
 
 import triton
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from kernels.linear import triton as linear
 from kernels.linear.choice import LayerShape, candidates
 from kernels.paged_attention import triton as paged_attention
+from kernels.paged_attention import triton_kernels as attention_kernels
+from kernels.paged_attention import triton_work as attention_work
 from kernels.rms_norm import triton as rms_norm
 from kernels.rope_kv_write import triton as rope_kv_write
 from kernels.swiglu import triton as swiglu
 
 TARGET = GPUTarget("cuda", 90, 32)
-SHARED_MEMORY = 227 * 1024
-"""Bytes that one program can use."""
+SHARED_MEMORY, PROCESSOR_SHARED_MEMORY = 227 * 1024, 228 * 1024
+"""Bytes that one program can use, and that a processor has."""
 
-ATTENTION = (
-    {"HEAD_DIM": 128, "BLOCK_D": 128, "GROUP": 4, "PAGE": 64, "BLOCK_M": 128, "BLOCK_N": 64, "STEP_N": 64, "SPLIT": False},
-    {"HEAD_DIM": 80, "BLOCK_D": 128, "GROUP": 6, "PAGE": 16, "BLOCK_M": 16, "BLOCK_N": 64, "STEP_N": 16, "SPLIT": True},
+REGISTERS = 64 * 1024
+"""Registers of a processor."""
+
+ATTENTION_SHAPES = (
+    {"HEAD_DIM": 128, "BLOCK_D": 128, "GROUP": 4, "KV_HEADS": 8, "PAGE": 64},
+    {"HEAD_DIM": 128, "BLOCK_D": 128, "GROUP": 6, "KV_HEADS": 2, "PAGE": 64},
+    {"HEAD_DIM": 96, "BLOCK_D": 128, "GROUP": 1, "KV_HEADS": 8, "PAGE": 64},
+    {"HEAD_DIM": 80, "BLOCK_D": 128, "GROUP": 5, "KV_HEADS": 4, "PAGE": 16},
+    {"HEAD_DIM": 64, "BLOCK_D": 64, "GROUP": 8, "KV_HEADS": 4, "PAGE": 64},
 )
-
+ATTENTION_SETTINGS = ((16, 0), (64, 0), (128, 0), (64, 1024))
+"""Tile height, and split size of the batch-invariant setting or 0."""
 
 # Qwen3-8B with everything on, the bundled model, and a head size and group that have to be padded, without a cache.
 ROPE_SIZES = ("HEADS", "KV_HEADS", "HEAD_DIM", "PAGE", "TILE", "HALF", "NORM", "SCALE", "WRITE")
@@ -38,9 +53,9 @@ ROPE = (
 
 POINTERS = {
     "*bf16": "out q k v k_cache v_cache x residual weight qkv qk_norm gate_up",
-    "*fp32": "partial partial_lse cos sin query_scale",
-    "*i64": "prefix_lengths block_table limit branch positions slots",
-    "*i32": "items",
+    "*fp32": "partial partial_acc partial_peak partial_total cos sin query_scale",
+    "*i64": "row_starts prefix_lengths block_table limit branch positions slots",
+    "*i32": "items merges records counts",
 }
 """Arguments by type; all others are numbers."""
 
@@ -51,7 +66,12 @@ def pointer(name: str) -> str | None:
 
 
 def compile_kernel(
-    function: Any, constants: dict[str, Any], warps: int, stages: int = 3, pointers: dict[str, str] | None = None
+    function: Any,
+    constants: dict[str, Any],
+    warps: int,
+    stages: int = 3,
+    pointers: dict[str, str] | None = None,
+    **options: Any,
 ) -> Any:
     """Compile one kernel as a launch would specialise it: pointers and strides are multiples of 16, lengths are not.
 
@@ -66,11 +86,56 @@ def compile_kernel(
             attributes[(i,)] = [["tt.divisibility", 16]]
     places = {(function.arg_names.index(name),): value for name, value in constants.items()}
     source = ASTSource(fn=function, signature=signature, constexprs=places, attrs=attributes)
-    compiled = triton.compile(source, target=TARGET, options={"num_warps": warps, "num_stages": stages})
-    assert compiled.asm["cubin"]
-    print(function.__name__, constants, "shared memory", compiled.metadata.shared)
-    assert compiled.metadata.shared <= SHARED_MEMORY
+    compiled = triton.compile(source, target=TARGET, options={"num_warps": warps, "num_stages": stages, **options})
+    registers, stack = resources(compiled.asm["cubin"])
+    shared = compiled.metadata.shared
+    print(f"{function.__name__} {constants}: {registers} registers, {stack} bytes of stack, {shared} bytes of shared memory")
+    assert shared <= SHARED_MEMORY
     return compiled
+
+
+def resources(cubin: bytes) -> tuple[int, int]:
+    """Registers a thread, and its bytes of stack: what did not fit them."""
+    report = inspect(cubin, knobs.nvidia.cuobjdump.path, "--dump-resource-usage")
+    found = re.search(r"REG:(\d+) STACK:(\d+)", report)
+    assert found, report
+    return int(found[1]), int(found[2])
+
+
+def inspect(cubin: bytes, *command: str) -> str:
+    """What a tool says of machine code."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([*command, file.name], check=True, capture_output=True, text=True).stdout
+
+
+def compile_attention(few: bool) -> None:
+    """As many programs must fit a processor as the launch counts on. ``few``: every setting in one shape only."""
+    for number, (block_m, split_size) in enumerate(ATTENTION_SETTINGS):
+        options = {"warps": paged_attention._WARPS[block_m], "enable_fp_fusion": not split_size}
+        for shape in ATTENTION_SHAPES[number : number + 1] if few else ATTENTION_SHAPES:
+            constants = shape | {"BLOCK_M": block_m, "BLOCK_N": 64, "SPLIT_SIZE": split_size}
+            most = paged_attention._MAX_REGISTERS.get(block_m)
+            compiled = compile_kernel(attention_kernels.attention_kernel, constants, maxnreg=most, **options)
+            registers, threads = resources(compiled.asm["cubin"])[0], 32 * options["warps"]
+            fit = min(REGISTERS // (registers * threads), PROCESSOR_SHARED_MEMORY // (compiled.metadata.shared + 1024))
+            assert fit >= paged_attention._PROGRAMS_PER_PROCESSOR[block_m]
+            assert "cp.async" in compiled.asm["ptx"], "loads run ahead of the products"
+            assert ("wgmma.mma_async" in compiled.asm["ptx"]) == (block_m >= 64)
+            rows = block_m // paged_attention._MERGE_PROGRAMS
+            pieces = 1 if split_size else paged_attention._MERGED // rows
+            constants = {name: value for name, value in shape.items() if name != "PAGE"}
+            constants |= {"BLOCK_M": block_m, "ROWS": rows, "PIECES": pieces}
+            merge = compile_kernel(attention_kernels.merge_kernel, constants, **options)
+            for kernel in (compiled, merge) if split_size else ():
+                machine_code = inspect(kernel.asm["cubin"], knobs.nvidia.nvdisasm.path, "--print-code")
+                assert "FMUL" in machine_code
+                assert "FFMA" not in machine_code, "batch invariance rests on multiplications that stay multiplications"
+    for split_size in (0, 1024):
+        constants = {"GROUP": 4, "BLOCK_M": 64, "REQUESTS": 512}
+        compile_kernel(attention_work.plan_kernel, constants | {"BLOCK_N": 64, "SPLIT_SIZE": split_size}, 4)
+    compile_kernel(attention_work.fill_kernel, constants | {"SCAN": 128}, 4)
 
 
 def compile_linear() -> None:
@@ -96,13 +161,9 @@ def compile_linear() -> None:
         compile_kernel(linear._merge_kernel, {"SPLIT_K": 4, "BLOCK": 512, **absent}, 4, pointers=pointers)
 
 
-def main() -> None:
+def main(few: bool) -> None:
     """Compile every kernel, in the variants above or in the sizes of Qwen3-8B."""
-    for variant in ATTENTION:
-        compile_kernel(paged_attention._attention_kernel, variant, 8 if variant["BLOCK_M"] > 64 else 4)
-    merge = {name: ATTENTION[1][name] for name in ("HEAD_DIM", "BLOCK_D", "GROUP", "BLOCK_M")}
-    compile_kernel(paged_attention._merge_kernel, merge, 4)
-    compile_kernel(paged_attention._bound_tiles_kernel, {"GROUP": 4, "BLOCK_M": 128, "STEP_N": 64, "SCAN": 128}, 4)
+    compile_attention(few)
     for variant in ROPE:
         compile_kernel(rope_kv_write._rope_kv_write_kernel, dict(zip(ROPE_SIZES, variant, strict=True)), 2)
     for add in (False, True):
@@ -113,4 +174,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main("--few" in sys.argv[1:])
