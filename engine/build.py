@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import os
 import platform
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+import kernels
 from engine.config import ConfigError, DecodeConfig, DraftAnchor, EngineConfig, ModelConfig, Quantization
 from engine.core import EngineCore, launch
 from engine.cuda_graphs import Capture, CudaCapture, StepGraphs
@@ -64,14 +66,15 @@ def build_engine_core(config: EngineConfig, progress: Callable[[str], None] = la
     dtype = resolve_dtype(config.dtype, folder, device)
     max_model_len = _max_model_len(config, model_config)
     try:
-        kernels = select_kernels(config.kernels, device, dtype, model_config.num_kv_heads)
+        chosen = select_kernels(config.kernels, device, dtype, model_config.num_kv_heads)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     progress(f"loading {model_config.architecture} from {folder} as {str(dtype).removeprefix('torch.')} on {device}")
-    model = load_model(folder, model_config, dtype, device, progress, kernels)
+    model = load_model(folder, model_config, dtype, device, progress, chosen)
     eos, tokenizer = model_config.eos_token_ids, Path(config.tokenizer or folder)
     grammars = GrammarCompiler(tokenizer_loader(tokenizer, eos, model_config.vocab_size), eos)
-    capture = CudaCapture(device) if device.type == "cuda" and not config.enforce_eager else None
+    enforce_eager = not chosen.attends_by_length if config.enforce_eager is None else config.enforce_eager
+    capture = CudaCapture(device) if device.type == "cuda" and not enforce_eager else None
     memory = CudaMemory(device) if device.type == "cuda" else None
     return assemble(config, model, max_model_len, read_sampling_defaults(folder), grammars, progress, capture, memory)
 
@@ -119,7 +122,7 @@ def assemble(
         timer = step_timer(start, decoder, configured.block_length, kv.pool.num_pages)
         limit = (limits.max_num_seqs, limits.max_num_batched_tokens, max_model_len - 1)
         keep = functools.partial(
-            cached_costs, _cost_folder(config, decoder.batch.device), _cost_key(config, model, graphs is not None)
+            cached_costs, _cost_folder(config, decoder.batch.device), _cost_key(config, model, graphs, choices)
         )
         table[DecodingMode.AUTO] = follow_goodput(configured, timer, graphs, *limit, keep)
     scheduler = Scheduler(limits, kv, table, model.config.eos_token_ids, max_model_len)
@@ -232,16 +235,27 @@ def _cost_folder(config: EngineConfig, device: torch.device) -> Path | None:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "tidar-server"
 
 
-def _cost_key(config: EngineConfig, model: Transformer, has_graphs: bool) -> dict[str, str]:
+def _cost_key(
+    config: EngineConfig, model: Transformer, graphs: StepGraphs | None, choices: ChoiceTable | None
+) -> dict[str, str]:
     """What the time of a step depends on."""
     device, limits = model.embedding.device, config.scheduler
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {
         "device": f"{name}, {torch.get_num_threads()} threads",
-        "versions": f"torch {torch.__version__}, kernels {model.kernels.name}, graphs {has_graphs}",
+        "code": f"torch {torch.__version__}, {_source_hash()}, kernels {model.kernels.name}, linear layers {choices}",
+        "captured": str(graphs.num_captured) if graphs is not None else "none",
         "model": f"{model.config} {model.embedding.dtype}",
-        "limits": f"{limits.max_num_seqs} {limits.max_num_batched_tokens} {config.max_model_len} {config.decode}",
+        "limits": f"{limits.max_num_seqs} {limits.max_num_batched_tokens} {config.max_model_len} {config.cache.page_size}",
+        "plan": str(config.decode),
     }
+
+
+def _source_hash() -> str:
+    """Of the engine's and the kernels' source: what a step costs changes with them."""
+    folders = (Path(__file__).parent, Path(kernels.__file__).parent)
+    files = sorted(file for folder in folders for file in folder.rglob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
 def _device(name: str) -> torch.device:

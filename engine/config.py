@@ -176,7 +176,8 @@ class EngineConfig:
     """Everything the engine process needs. ``model`` is a folder or Hub id; ``max_model_len`` None: what the checkpoint allows.
 
     ``kernels`` is ``auto``, ``reference`` (plain torch) or ``triton``. ``tokenizer`` is the folder whose vocabulary grammars
-    speak of; None: the model's. ``enforce_eager``: no step is captured in a CUDA graph.
+    speak of; None: the model's. ``enforce_eager``: no step is captured in a CUDA graph;
+    None: with the reference kernels alone, whose attention would read the whole context in every captured step.
     ``cost_cache``: the folder that keeps what draft plans cost; None: the user's cache folder on a GPU, none on a CPU.
     ``quantize_fp8``: weights become e4m3 while they are loaded, unless the checkpoint has them so.
     """
@@ -190,7 +191,7 @@ class EngineConfig:
     max_model_len: int | None = None
     num_threads: int | None = None
     kernels: str = "auto"
-    enforce_eager: bool = False
+    enforce_eager: bool | None = None
     cost_cache: str | None = None
     cache: CacheConfig = field(default_factory=CacheConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)

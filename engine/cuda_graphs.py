@@ -6,7 +6,8 @@ covers it: what the host says of it (slots and bounds) is copied into the step's
 null slot, which wants nothing, and rows beyond a bound are padding as they are in any step. Everything else is device state,
 written by the verdict of the step before: one replay ends with the input of the next, and the host need not read in between.
 
-Steps in which the host has a part run without a graph: prefill chunks, grammars, log-probabilities, diffusion.
+Steps in which the host has a part run without a graph: prefill chunks, grammars, log-probabilities, diffusion. So do those
+that no captured step covers, or only one that is much larger: nothing is captured while requests run.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 
 from engine.decode.inputs import StepBounds, bounds_of
-from engine.decode.layout import build_layout
+from engine.decode.layout import StepLayout, build_layout
 from engine.decode.pending import PendingResult
 from engine.decode.tidar import TidarDecoder, Verdict
 from engine.input_batch import SamplingNeeds
@@ -37,8 +38,13 @@ GREEDY = SamplingNeeds()
 SAMPLED = SamplingNeeds(noise=True)
 TRUNCATED = dataclasses.replace(SAMPLED, top_k=True, top_p=True, min_p=True)
 ALL_NEEDS = dataclasses.replace(TRUNCATED, penalties=True, bias=True, min_tokens=True)
+LEVELS = (GREEDY, SAMPLED, TRUNCATED, ALL_NEEDS)
 """A step is captured with one of these, each of which does the work of those before it, too: what a request does not ask for
 has no effect on it."""
+
+FREE_ROWS, MOST_PADDING = 128, 2
+"""A captured step of up to ``FREE_ROWS`` rows may have any number of padding rows, a larger one ``MOST_PADDING`` times the
+plan's rows at most: rows are free only while the weights have to be streamed anyway."""
 
 Result = TypeVar("Result")
 
@@ -85,8 +91,12 @@ class StepSize(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class CapturedStep:
-    """A recorded step: its input on the device, [3, N], its output, and the version of the tables that it reads."""
+    """A recorded step: its input on the device, [3, N], its output, and the version of the tables that it reads.
 
+    ``layout`` is kept because the replay reads its tensors where they are.
+    """
+
+    layout: StepLayout
     bounds_3N: Tensor
     verdict: Verdict
     replay: Callable[[], None]
@@ -101,7 +111,7 @@ class StepGraphs:
         most = decoder.batch.num_slots
         self._buckets = (*(n for n in REQUEST_BUCKETS if n < most), most)
         self._sizes: list[StepSize] = []
-        self._captured: dict[tuple[StepSize, SamplingNeeds], CapturedStep] = {}
+        self._captured: dict[tuple[StepSize, int], CapturedStep] = {}
         self.num_replays = 0
 
     @property
@@ -121,7 +131,9 @@ class StepGraphs:
             size = StepSize(bucket, plan.num_drafts, plan.num_branches, plan.block_length, plan.has_anchor)
             if size not in self._sizes:
                 bisect.insort(self._sizes, size, key=lambda size: size.num_rows)
-            self._step(size, _covering(needs))
+            level = _level(needs)
+            if self._at_hand(size, level) is None:
+                self._captured[size, level] = self._record(size, level)
 
     def covers(self, num_requests: int, plan: DraftPlan) -> bool:
         """Whether a step of so many requests with this plan is replayed."""
@@ -136,10 +148,12 @@ class StepGraphs:
         size = self._find(len(plan.slots), plan.shapes[:, 1:5])
         if size is None or self._decoder.grammars.constrained(plan):
             return None
-        needs = _covering(host.needs(plan.slots))
-        if needs == ALL_NEEDS:
-            self._decoder.batch.make_tables()
-        step = self._step(size, needs)
+        if size.num_rows > max(FREE_ROWS, MOST_PADDING * plan.num_rows):
+            return None
+        levels = range(_level(host.needs(plan.slots)), len(LEVELS))
+        step = next((step for level in levels if (step := self._at_hand(size, level)) is not None), None)
+        if step is None:
+            return None
         bounds = self._no_bounds(size)
         bounds[:, : len(plan.slots)] = bounds_of(plan)
         step.bounds_3N.copy_(upload(bounds, step.bounds_3N.device), non_blocking=True)
@@ -161,15 +175,16 @@ class StepGraphs:
                 return size
         return None
 
-    def _step(self, size: StepSize, needs: SamplingNeeds) -> CapturedStep:
-        version = self._decoder.batch.tables_version if needs == ALL_NEEDS else 0
-        step = self._captured.get((size, needs))
-        if step is None or step.tables_version != version:
-            step = self._captured[size, needs] = self._record(size, needs, version)
-        return step
+    def _at_hand(self, size: StepSize, level: int) -> CapturedStep | None:
+        """The captured step, unless a table that it reads has moved since."""
+        step = self._captured.get((size, level))
+        is_stale = step is not None and LEVELS[level] == ALL_NEEDS and step.tables_version != self._decoder.batch.tables_version
+        return None if is_stale else step
 
-    def _record(self, size: StepSize, needs: SamplingNeeds, version: int) -> CapturedStep:
-        decoder, batch = self._decoder, self._decoder.batch
+    def _record(self, size: StepSize, level: int) -> CapturedStep:
+        decoder, batch, needs = self._decoder, self._decoder.batch, LEVELS[level]
+        if needs == ALL_NEEDS:
+            batch.make_tables()
         shape = RequestShape(0, size.num_drafts, size.num_branches, size.block_length, size.has_anchor)
         layout = build_layout(np.array([shape] * size.num_requests), decoder.first_masks, batch.device)
         bounds_3N = upload(self._no_bounds(size), batch.device)
@@ -183,7 +198,7 @@ class StepGraphs:
             return decoder.verify(inputs, logits)
 
         verdict, replay = self._capture(run)
-        return CapturedStep(bounds_3N, verdict, replay, version)
+        return CapturedStep(layout, bounds_3N, verdict, replay, batch.tables_version)
 
     def _no_bounds(self, size: StepSize) -> IntArray:
         """The input of a step of nobody but the null slot."""
@@ -192,10 +207,10 @@ class StepGraphs:
         return bounds
 
 
-def _covering(needs: SamplingNeeds) -> SamplingNeeds:
-    """The cheapest of the captured needs that does what these ask for."""
+def _level(needs: SamplingNeeds) -> int:
+    """The first of ``LEVELS`` that does what these needs ask for."""
     if needs.penalties or needs.bias or needs.min_tokens:
-        return ALL_NEEDS
+        return 3
     if needs.top_k or needs.top_p or needs.min_p:
-        return TRUNCATED
-    return SAMPLED if needs.noise else GREEDY
+        return 2
+    return int(needs.noise)

@@ -41,6 +41,10 @@ class SamplingNeeds(Needs):
         )
 
 
+ROOM_IN_TABLES = 64
+"""Entries of a list that the tables of a captured step have room for; a longer list moves the table."""
+
+
 class HostColumns:
     """What the host has to know of each slot's request to choose the code of a step.
 
@@ -119,9 +123,15 @@ class InputBatch:
         return (self.counts is not None) + self.biases.num_moves + self.stops.num_moves
 
     def make_tables(self) -> None:
-        """Make what penalties need, before a request asks for it."""
+        """Make all tables before a request asks for them, with room for ordinary lists of biases and stops."""
+        self._make_counts()
+        self.biases.widen(ROOM_IN_TABLES)
+        self.stops.widen(ROOM_IN_TABLES)
+
+    def _make_counts(self) -> TokenCounts:
         if self.counts is None:
             self.counts = TokenCounts(self.num_slots + 1, self.vocab_size, self.device)
+        return self.counts
 
     def _admit(self, admission: Admission) -> None:
         slot, sampling = admission.slot, admission.sampling
@@ -147,9 +157,7 @@ class InputBatch:
         self.frequency_S[slot] = sampling.frequency_penalty
         self.presence_S[slot] = sampling.presence_penalty
         if sampling.has_penalties:
-            self.make_tables()
-            assert self.counts is not None
-            self.counts.reset(slot, admission.prompt_token_ids, admission.output_token_ids)
+            self._make_counts().reset(slot, admission.prompt_token_ids, admission.output_token_ids)
         self.biases.set(slot, sampling.logit_bias)
         # Stops are free once at most this many tokens are wanted; without min_tokens, from the start.
         self.stop_at_S[slot] = sampling.max_tokens - sampling.min_tokens

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
-from engine.cuda_graphs import GREEDY, StepGraphs
+from engine.cuda_graphs import ALL_NEEDS, GREEDY, StepGraphs
 from engine.decode.auto import GoodputPolicy
 from engine.decode.goodput import CostTable, plan_shapes
 from engine.decode.measure import StepTimer, measure_costs, powers_of_two
@@ -57,21 +57,21 @@ def capture_steps(
 ) -> int:
     """Capture the plans for every bucket of requests, as far as rows and time allow; returns how many were left out.
 
-    ``needs``: what the sampling of the requests to come will mostly need, beside greedy decoding.
+    ``needs``: what the sampling of the requests to come will mostly need. Every step is captured with them and for greedy
+    decoding, then with all options, which serves every other request.
     """
     deadline = time.perf_counter() + seconds
-    sizes = sorted((n * plan.num_rows, n, plan) for n in graphs.buckets for plan in plans)
-    sizes = [size for size in sizes if size[0] <= max_rows]
-    wanted = list(dict.fromkeys((GREEDY, *needs)))
-    for done, (_, num_requests, plan) in enumerate(sizes):
+    sizes = sorted((n * plan.num_rows, n, plan) for n in graphs.buckets for plan in plans if n * plan.num_rows <= max_rows)
+    first = tuple(dict.fromkeys((GREEDY, *needs)))
+    steps = [(n, plan, need) for wanted in (first, (ALL_NEEDS,)) for _, n, plan in sizes for need in wanted]
+    for done, (num_requests, plan, need) in enumerate(steps):
         if time.perf_counter() > deadline:
-            progress(f"{len(sizes) - done} of {len(sizes)} step sizes are not captured: {seconds:.0f} s are over")
-            return len(sizes) - done
-        for need in wanted:
-            graphs.prepare(num_requests, [plan], need)
-        if done % 16 == 0:
-            progress(f"captured {done} of {len(sizes)} step sizes")
-    progress(f"captured all {len(sizes)} step sizes")
+            progress(f"{len(steps) - done} of {len(steps)} steps are not captured: {seconds:.0f} s are over")
+            return len(steps) - done
+        graphs.prepare(num_requests, [plan], need)
+        if done % 32 == 0:
+            progress(f"captured {done} of {len(steps)} steps")
+    progress(f"captured all {len(steps)} steps")
     return 0
 
 

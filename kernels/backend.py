@@ -37,6 +37,8 @@ class Kernels:
     What ``prepare_attention`` and ``prepare_rope`` return is opaque: it is made once a step, and every layer hands it to
     ``paged_attention`` or ``rope_kv_write``.
     ``prepare_linear`` is called once, before the first step; what ``linear`` does is fixed from then on.
+    ``attends_by_length``: the work of attention follows the prefix lengths on the device, not the host's bounds of them, so
+    that a captured step, whose bounds are the longest context, costs what its requests' contexts cost.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Kernels:
     sample_drafts: Callable[[Tensor, Tensor | None, RowSampling, Tensor, int | None, float | None], tuple[Tensor, Tensor]]
     verify: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Verified]
     prepare_linear: PrepareLinear
+    attends_by_length: bool = False
 
 
 def nothing_to_prepare(
@@ -114,6 +117,7 @@ def triton_kernels(num_kv_heads: int) -> Kernels:
     linear = TunedLinear()
     return replace(
         REFERENCE,
+        attends_by_length=True,
         name="triton, linear layers by measurement",
         linear=linear,
         prepare_linear=linear.tune,

@@ -59,7 +59,9 @@ SERVE_FLAGS = (
     Flag(
         "cost-cache", text, None, "folder that keeps the measured costs of draft plans; on a GPU, the user's cache if not given"
     ),
-    Flag("enforce-eager", switch, False, "do not capture steps in CUDA graphs", is_switch=True),
+    Flag(
+        "enforce-eager", switch, None, "run steps without CUDA graphs; if not given, with the reference kernels", is_switch=True
+    ),
     Flag(
         "max-waiting-requests", integer(0), _SCHEDULER.max_waiting_requests, "length of the queue; beyond it clients get a 503"
     ),

@@ -51,7 +51,7 @@ class SurvivalTable:
 
 def _places(probs_ND: Tensor) -> Tensor:
     """Bins are even in the logarithm of the doubt ``1 - p``: that is where the probabilities of a trained model differ."""
-    doubt = (1.0 - probs_ND).clamp(min=1e-4)
+    doubt = (1.0 - probs_ND.nan_to_num(0.0)).clamp(min=1e-4)
     bins = (-doubt.log2()).clamp(max=NUM_BINS - 1).long()
     later = (torch.arange(probs_ND.shape[1], device=probs_ND.device) > 1).long()
     return bins + later * NUM_BINS

@@ -1,7 +1,8 @@
 """Measured step costs, kept between starts: one JSON file for each machine, checkpoint and configuration.
 
 The time of a step depends on the device and the code as well, so that both are part of the key: another GPU, another version
-of torch or other kernels are measured anew. A file that cannot be read or written costs a measurement, never a start.
+of torch or another source of the engine or its kernels is measured anew. A file that cannot be read or written costs a
+measurement, never a start.
 """
 
 from __future__ import annotations

@@ -53,15 +53,19 @@ class TokenTable:
         self.values_SW = torch.zeros((num_slots, 0), dtype=torch.float64, device=device)
         self.num_moves = 0
 
+    def widen(self, width: int) -> None:
+        """Make room for lists of this length, which moves the table if there is none."""
+        missing = width - self.ids_SW.shape[1]
+        if missing > 0:
+            self.ids_SW = torch.nn.functional.pad(self.ids_SW, (0, missing))
+            self.values_SW = torch.nn.functional.pad(self.values_SW, (0, missing))
+            self.num_moves += 1
+
     def set(self, slot: int, entries: Sequence[tuple[int, float]]) -> None:
         """A request with these entries, of different tokens, takes the slot."""
-        missing = len(entries) - self.ids_SW.shape[1]
-        if missing > 0:
+        if len(entries) > self.ids_SW.shape[1]:
             # Twice the width, so that growing is rare.
-            padding = (0, max(missing, self.ids_SW.shape[1]))
-            self.ids_SW = torch.nn.functional.pad(self.ids_SW, padding)
-            self.values_SW = torch.nn.functional.pad(self.values_SW, padding)
-            self.num_moves += 1
+            self.widen(max(len(entries), 2 * self.ids_SW.shape[1]))
         self.ids_SW[slot].zero_()
         self.values_SW[slot].zero_()
         if entries:

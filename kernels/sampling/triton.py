@@ -75,7 +75,8 @@ def _merge_kernel(
     score = tl.load(partial + cell * 4, mask=is_chunk, other=float("-inf"))
     tokens = tl.load(partial_token + cell, mask=is_chunk, other=2147483647)
     taken = tl.min(tl.where(score == tl.max(score, 0), tokens, 2147483647), 0)
-    tl.store(token + q, tl.where(wanted, taken, 0).to(tl.int64))
+    # A row of no number at all has no best token: any id of the vocabulary keeps its harm to its own request.
+    tl.store(token + q, tl.where(wanted & (taken < 2147483647), taken, 0).to(tl.int64))
     if HAS_PROBABILITY:
         logit = tl.load(partial + cell * 4 + 1, mask=is_chunk, other=0.0)
         peak = tl.load(partial + cell * 4 + 2, mask=is_chunk, other=float("-inf"))

@@ -38,7 +38,7 @@ def test_float64_on_the_gpu_equals_the_cpu_in_every_mode(temperature, depth, enf
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("depth", [0, 1])
 def test_decode_steps_are_replayed_and_nothing_in_them_waits_for_the_device(kernels, temperature, depth):
-    core = bundled_engine(2, depth, 8, dtype="bfloat16", device="cuda", kernels=kernels)
+    core = bundled_engine(2, depth, 8, dtype="bfloat16", device="cuda", kernels=kernels, enforce_eager=False)
     for request in requests_for(question_prompts()[:8], temperature, DecodingMode.TIDAR):
         core.add(request)
     while not all(r.num_output_tokens for r in core.scheduler.running) or len(core.scheduler.running) < 8:
