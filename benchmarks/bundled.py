@@ -35,10 +35,10 @@ class Sample:
     rows: int
 
 
-def load_bundled(folder: Path = MODEL) -> Transformer:
+def load_bundled(folder: Path = MODEL, batch_invariant: bool = False) -> Transformer:
     """The model on the CPU in float32, with the kernels that the server picks there."""
     config, device = read_model_config(folder), torch.device("cpu")
-    kernels = select_kernels("auto", device, torch.float32, config.num_kv_heads)
+    kernels = select_kernels("auto", device, torch.float32, config.num_kv_heads, batch_invariant)
     return load_model(folder, config, torch.float32, device, kernels=kernels)
 
 

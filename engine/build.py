@@ -66,7 +66,7 @@ def build_engine_core(config: EngineConfig, progress: Callable[[str], None] = la
     dtype = resolve_dtype(config.dtype, folder, device)
     max_model_len = _max_model_len(config, model_config)
     try:
-        chosen = select_kernels(config.kernels, device, dtype, model_config.num_kv_heads)
+        chosen = select_kernels(config.kernels, device, dtype, model_config.num_kv_heads, config.batch_invariant)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     progress(f"loading {model_config.architecture} from {folder} as {str(dtype).removeprefix('torch.')} on {device}")

@@ -180,6 +180,7 @@ class EngineConfig:
     None: with the reference kernels alone, whose attention would read the whole context in every captured step.
     ``cost_cache``: the folder that keeps what draft plans cost; None: the user's cache folder on a GPU, none on a CPU.
     ``quantize_fp8``: weights become e4m3 while they are loaded, unless the checkpoint has them so.
+    ``batch_invariant``: a request's logits have the same bits in every exact mode, alone and in any batch.
     """
 
     model: str
@@ -187,6 +188,7 @@ class EngineConfig:
     revision: str | None = None
     dtype: str = "auto"
     quantize_fp8: bool = False
+    batch_invariant: bool = False
     device: str = "auto"
     max_model_len: int | None = None
     num_threads: int | None = None

@@ -13,7 +13,9 @@ from torch import Tensor
 from kernels.linear import packed as packed_linear
 from kernels.linear import reference as linear_reference
 from kernels.linear.choice import ChoiceTable
+from kernels.linear.invariant import InvariantLinear
 from kernels.linear.weight import Weight
+from kernels.paged_attention import invariant as invariant_attention
 from kernels.paged_attention import reference as paged_attention_reference
 from kernels.paged_attention.metadata import AttentionMetadata
 from kernels.process_logits.metadata import RowSampling
@@ -21,6 +23,7 @@ from kernels.rms_norm import reference as rms_norm_reference
 from kernels.rope_kv_write import reference as rope_reference
 from kernels.rope_kv_write.metadata import RopeMetadata
 from kernels.sampling import reference as sampling_reference
+from kernels.swiglu import invariant as invariant_swiglu
 from kernels.swiglu import reference as swiglu_reference
 from kernels.verify import reference as verify_reference
 from kernels.verify.reference import Verified
@@ -82,30 +85,56 @@ REFERENCE = Kernels(
 """Plain torch on any device, with gradients: training uses it, too."""
 
 
-def select_kernels(choice: str, device: torch.device, dtype: torch.dtype, num_kv_heads: int) -> Kernels:
+def select_kernels(
+    choice: str, device: torch.device, dtype: torch.dtype, num_kv_heads: int, batch_invariant: bool = False
+) -> Kernels:
     """The implementations for a device. ``choice`` is ``auto``, ``reference`` or ``triton``.
 
     ``auto`` is the reference, with packed linear layers on a CPU; the Triton kernels have to be asked for until they are proven
-    on a GPU. Raises ValueError with what to do when Triton cannot serve the device or dtype.
+    on a GPU. ``batch_invariant``: those whose bits for a row depend on that row and its request alone; on a GPU they are
+    Triton's. Raises ValueError with what to do when the device or dtype cannot be served.
     """
+    if choice not in ("auto", "reference", "triton"):
+        raise ValueError(f"unknown kernels {choice!r}: use auto, reference or triton")
+    if choice == "triton" or (batch_invariant and device.type != "cpu"):
+        if choice == "reference":
+            raise ValueError("batch invariance on a GPU needs the Triton kernels: use --kernels triton, or the CPU")
+        return _triton_kernels_for(device, dtype, num_kv_heads, batch_invariant)
+    if batch_invariant:
+        return invariant_kernels()
     if choice == "auto" and device.type == "cpu" and dtype == torch.float32 and packed_linear.is_available():
         return replace(REFERENCE, name="reference, packed linear layers", linear=packed_linear.PackedLinear())
-    if choice in ("auto", "reference"):
-        return REFERENCE
-    if choice != "triton":
-        raise ValueError(f"unknown kernels {choice!r}: use auto, reference or triton")
+    return REFERENCE
+
+
+def invariant_kernels() -> Kernels:
+    """The batch-invariant operations on a CPU: the references where they are so already (``docs/decisions/0012``)."""
+    linear = InvariantLinear()
+    return replace(
+        REFERENCE,
+        name="batch-invariant",
+        linear=linear,
+        prepare_linear=linear.check,
+        swiglu=invariant_swiglu.swiglu,
+        prepare_attention=invariant_attention.prepare,
+        paged_attention=invariant_attention.paged_attention,
+    )
+
+
+def _triton_kernels_for(device: torch.device, dtype: torch.dtype, num_kv_heads: int, batch_invariant: bool) -> Kernels:
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
         raise ValueError("the Triton kernels need a CUDA GPU of compute capability 8.0 or above: use --kernels reference")
     if dtype not in (torch.float16, torch.bfloat16):
         raise ValueError(f"the Triton kernels compute in float16 or bfloat16, not {dtype}: use --kernels reference")
     try:
-        return triton_kernels(num_kv_heads)
+        return triton_kernels(num_kv_heads, batch_invariant)
     except ImportError as error:
         raise ValueError("Triton is not installed: install it or use --kernels reference") from error
 
 
-def triton_kernels(num_kv_heads: int) -> Kernels:
+def triton_kernels(num_kv_heads: int, batch_invariant: bool = False) -> Kernels:
     """Every operation that has a Triton kernel, the references for the rest. Raises ImportError without Triton."""
+    from kernels.linear import triton as linear
     from kernels.linear.tuned import TunedLinear
     from kernels.paged_attention import triton as paged_attention
     from kernels.rms_norm import triton as rms_norm
@@ -114,13 +143,13 @@ def triton_kernels(num_kv_heads: int) -> Kernels:
     from kernels.swiglu import triton as swiglu
     from kernels.verify import triton as verify
 
-    linear = TunedLinear()
+    tuned = TunedLinear()
     return replace(
         REFERENCE,
         attends_by_length=True,
-        name="triton, linear layers by measurement",
-        linear=linear,
-        prepare_linear=linear.tune,
+        name="batch-invariant triton" if batch_invariant else "triton, linear layers by measurement",
+        linear=linear.invariant_linear if batch_invariant else tuned,
+        prepare_linear=linear.check_invariant if batch_invariant else tuned.tune,
         rms_norm=rms_norm.rms_norm,
         add_rms_norm=rms_norm.add_rms_norm,
         swiglu=swiglu.swiglu,

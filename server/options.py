@@ -75,6 +75,13 @@ SERVE_FLAGS = (
     ),
     Flag("num-threads", integer(1), None, "CPU threads of the engine"),
     Flag("kernels", one_of("auto", "reference", "triton"), "auto", "implementation of the step's operations"),
+    Flag(
+        "batch-invariant",
+        switch,
+        False,
+        "the same bits for a request alone and in any batch, in every exact mode; slower",
+        is_switch=True,
+    ),
     Flag("log-level", one_of("debug", "info", "warning", "error"), "info", "least severe log line to write"),
 )
 
@@ -177,6 +184,7 @@ def _engine_config(model: str, values: dict[str, Any]) -> EngineConfig:
         revision=values["revision"],
         dtype=values["dtype"],
         quantize_fp8=values["quantization"] == "fp8",
+        batch_invariant=values["batch_invariant"],
         device=values["device"],
         max_model_len=values["max_model_len"],
         num_threads=values["num_threads"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 from transformers import AutoTokenizer
 
@@ -17,6 +18,7 @@ from engine.build import build_engine_core
 from engine.config import CacheConfig, DecodeConfig, EngineConfig, SchedulerConfig
 from engine.messages import GenerateRequest
 from engine.sampling_params import DecodingMode, SamplingParams
+from kernels.backend import select_kernels
 
 OPTION = "batch_invariant"
 MODES = {"ar, alone": (DecodingMode.AR, 1), "ar": (DecodingMode.AR, 16), "linear": (DecodingMode.LINEAR, 16),
@@ -76,7 +78,9 @@ def _costs(bench: Bench) -> Cells:
     model, context = "8b", bench.size(1024, 64)
     batches = bench.pick((1, 8, 32), (1,))
     for is_on in (False, True):
-        network = random_model(bench.config(model), bench.dtype, bench.device, bench.kernels(bench.kernel_names[0], model))
+        name, config = bench.kernel_names[0], bench.config(model)
+        invariant = functools.partial(select_kernels, name, bench.device, bench.dtype, config.num_kv_heads, True)
+        network = random_model(config, bench.dtype, bench.device, invariant() if is_on else bench.kernels(name, model))
         pages = 1 + max(batches) * (context + ROOM) // PAGE
         rig = StepRig(bench, network, Limits(max(batches), bench.size(16_384, 512), pages), {OPTION: is_on})
         for batch in batches:

@@ -15,7 +15,7 @@ FLAGS = """--host --port --served-model-name --api-key --cors-origins --tokenize
 --max-model-len --max-num-seqs --max-num-batched-tokens --num-pages --page-size --enable-prefix-caching --gpu-memory-utilization
 --decoding --block-length --num-branches --draft-temperature --trust-ar --diffusion-threshold
 --tool-call-parser --reasoning-parser --async-depth --cost-cache --enforce-eager --max-waiting-requests --max-waiting-tokens
---shutdown-timeout --heartbeat-deadline --num-threads --kernels --log-level"""
+--shutdown-timeout --heartbeat-deadline --num-threads --kernels --batch-invariant --log-level"""
 
 
 def resolve(*argv, **environ):
@@ -41,7 +41,7 @@ def test_every_engine_flag_arrives(tmp_path):
     flags = """--device cpu --dtype bfloat16 --max-model-len 99 --max-num-seqs 3 --max-num-batched-tokens 44 --num-pages 5
     --page-size 6 --no-enable-prefix-caching --gpu-memory-utilization 0.5 --decoding ar --block-length 4 --num-branches all
     --async-depth 1 --cost-cache /c --enforce-eager
-    --max-waiting-requests 7 --max-waiting-tokens 88 --num-threads 2 --revision abc --quantization fp8"""
+    --max-waiting-requests 7 --max-waiting-tokens 88 --num-threads 2 --revision abc --quantization fp8 --batch-invariant"""
     resolved = resolve(str(tmp_path), *flags.split())
     engine = resolved.engine
     assert (engine.device, engine.dtype, engine.max_model_len, engine.num_threads, engine.revision) == (
@@ -54,7 +54,7 @@ def test_every_engine_flag_arrives(tmp_path):
     )
     assert engine.scheduler == limits
     assert (engine.enforce_eager, engine.cost_cache) == (True, "/c")
-    assert engine.quantize_fp8
+    assert (engine.quantize_fp8, engine.batch_invariant) == (True, True)
     assert resolved.server.limits == limits
     assert (engine.decode.mode, engine.decode.block_length, engine.decode.num_branches) == (DecodingMode.AR, 4, None)
 
