@@ -108,7 +108,7 @@ def select_kernels(
 
 
 def invariant_kernels() -> Kernels:
-    """The batch-invariant operations on a CPU: the references where they are so already (``docs/decisions/0012``)."""
+    """The batch-invariant operations on a CPU: the references where they are so already (``docs/decisions/0014``)."""
     linear = InvariantLinear()
     return replace(
         REFERENCE,
@@ -155,7 +155,9 @@ def triton_kernels(num_kv_heads: int, batch_invariant: bool = False) -> Kernels:
         swiglu=swiglu.swiglu,
         prepare_rope=rope_kv_write.prepare,
         rope_kv_write=rope_kv_write.rope_kv_write,
-        prepare_attention=functools.partial(paged_attention.prepare, num_kv_heads=num_kv_heads),
+        prepare_attention=functools.partial(
+            paged_attention.prepare, num_kv_heads=num_kv_heads, batch_invariant=batch_invariant
+        ),
         paged_attention=paged_attention.paged_attention,
         sample_tokens=sampling.sample_tokens,
         sample_drafts=sampling.sample_drafts,

@@ -82,7 +82,7 @@ def _costs(bench: Bench) -> Cells:
         invariant = functools.partial(select_kernels, name, bench.device, bench.dtype, config.num_kv_heads, True)
         network = random_model(config, bench.dtype, bench.device, invariant() if is_on else bench.kernels(name, model))
         pages = 1 + max(batches) * (context + ROOM) // PAGE
-        rig = StepRig(bench, network, Limits(max(batches), bench.size(16_384, 512), pages), {OPTION: is_on})
+        rig = StepRig(bench, network, Limits(max(batches), context + ROOM, pages), {OPTION: is_on})
         for batch in batches:
             for plan in bench.pick((AR, tidar(16, 1), tidar(8, 8)), (AR,)):
                 cell: Cell = {"what": f"step of {model}", "invariant": is_on, "batch": batch, "plan": plan_name(plan)}
