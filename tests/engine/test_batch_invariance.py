@@ -26,7 +26,7 @@ from tests.engine.driver import drive
 from tests.engine.oracle import Answer
 from tests.engine.real_text import real_text_language
 from tests.engine.tiny import tiny_engine
-from tests.engine.workload import PLANS, Tally, make_workload, run_plan
+from tests.engine.workload import PLANS, Tally, Workload, make_workload, random_requests, run_plan
 
 BASE_SEED = int(os.environ.get("TIDAR_TEST_SEED", "0"))
 CPU = torch.device("cpu")
@@ -60,12 +60,17 @@ def alone(model: Transformer, request: GenerateRequest) -> Answer:
     return drive(core, [replace(request, decoding=DecodingMode.AR)]).answer(request.request_id)
 
 
+def workload_of(rng: random.Random, model: Transformer, count: int) -> Workload:
+    """Random requests, and what each is answered alone."""
+    language = real_text_language()
+    requests = [with_logprobs(request) for request in random_requests(rng, language, "request", count)]
+    return make_workload(rng, model, language, requests, lambda rs: {r.request_id: alone(model, r) for r in rs})
+
+
 @pytest.mark.parametrize("number", range(WORKLOADS), ids=lambda n: f"w{n:02}")
 def test_every_mode_gives_the_same_bits_in_any_batch(number: int, model: Transformer, tallies: dict[str, Tally]) -> None:
     rng = random.Random(f"{BASE_SEED} invariance {number}")
-    workload = make_workload(rng, model, real_text_language(), NUM_REQUESTS, lambda requests: {})
-    workload.requests = [with_logprobs(request) for request in workload.requests]
-    workload.answers = {request.request_id: alone(model, request) for request in workload.requests}
+    workload = workload_of(rng, model, NUM_REQUESTS)
     for plan in PLANS:
         run = run_plan(random.Random(f"{BASE_SEED} invariance {number} {plan}"), workload, plan)
         for request in workload.requests:
@@ -88,7 +93,6 @@ def test_without_the_setting_bits_do_depend_on_the_batch() -> None:
     """Otherwise the tests above would show nothing."""
     model = load_model(FOLDER, read_model_config(FOLDER), torch.float32, CPU, kernels=kernels(batch_invariant=False))
     rng = random.Random(f"{BASE_SEED} invariance")
-    workload = make_workload(rng, model, real_text_language(), 4, lambda requests: {})
-    workload.requests = [with_logprobs(request) for request in workload.requests]
+    workload = workload_of(rng, model, 4)
     run = run_plan(rng, workload, "tidar, 1 branch")
-    assert any(run.transcript.answer(r.request_id).logprobs != alone(model, r).logprobs for r in workload.requests)
+    assert any(run.transcript.answer(name).logprobs != answer.logprobs for name, answer in workload.answers.items())
