@@ -111,7 +111,9 @@ class Matcher:
         return _Phase.CONSTRAINED, True
 
     def _error(self) -> GrammarError:
-        return GrammarError(f"the grammar cannot be followed any further: {' '.join(self._matcher.get_error().split())[:200]}")
+        # What llguidance thinks of its own state is of no use to a client.
+        problem = " ".join(self._matcher.get_error().partition("<state>")[0].split())[:200]
+        return GrammarError(f"the grammar cannot be followed any further ({problem}): simplify the schema or the grammar")
 
 
 class CompiledGrammar:

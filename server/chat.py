@@ -95,12 +95,16 @@ async def read_answer(services: Services, body: ChatCompletionRequest, tools: To
     tail = services.tokenizer.decode(prompt[-PROMPT_TAIL:], skip_special_tokens=False)
     is_reasoning = services.reasoning_format is not None and begins_in_reasoning(tail)
     call_format = _call_format(services, tools)
+    source = forced or grammar  # a demanded call has no content that response_format could speak of
+    thinking = thinking_of(services, tail, is_reasoning=is_reasoning)
+    if source is not None and is_reasoning and thinking is None:
+        raise invalid(f"the prompt opens the model's thinking, and a constraint can only begin where {THINK_END} is one token: "
+                      "leave it out, or switch thinking off by chat_template_kwargs", "response_format")  # fmt: skip
 
     def make_parser() -> OutputParser:
         return build_parser(call_format, services.reasoning_format, is_reasoning=is_reasoning, max_calls=tools.max_calls)
 
-    source = forced or grammar  # a demanded call has no content that response_format could speak of
-    spec = None if source is None else GrammarSpec(source, thinking_of(services, tail, is_reasoning=is_reasoning))
+    spec = None if source is None else GrammarSpec(source, thinking)
     return Reading(spec, make_parser)
 
 

@@ -53,9 +53,23 @@ async def encode_conversation(
         add_generation_prompt=add_generation_prompt,
         add_special_tokens=add_special_tokens,
     )
-    if sum(len(message["content"]) for message in rendered) < LONG_TEXT:
+    if _num_characters([*rendered, *tools]) < LONG_TEXT:
         return encode()
     return await asyncio.to_thread(encode)
+
+
+def _num_characters(value: Any) -> int:
+    """Of all texts in a JSON value: what a template may write. Counted without recursion, since a client sets the depth."""
+    count, open_values = 0, [value]
+    while open_values:
+        match open_values.pop():
+            case str(text):
+                count += len(text)
+            case dict(mapping):
+                open_values += [*mapping, *mapping.values()]
+            case list(items):
+                open_values += items
+    return count
 
 
 def template_message(message: ChatMessage, index: int) -> dict[str, Any]:

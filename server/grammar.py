@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
 
 from server.errors import ApiError, invalid
-from server.protocol import GenerationFields
+from server.protocol import MAX_CHOICES, GenerationFields
 
 MAX_GRAMMAR_CHARS = 262_144
 MAX_LOCATED_CHARS = 1_000_000
@@ -56,6 +56,8 @@ async def requested_grammar(fields: GenerationFields) -> str | None:
             return await _checked_text("grammar_from_lark", value, param)
     if not isinstance(value, list) or not value or not all(isinstance(choice, str) and choice for choice in value):
         raise invalid(f"{param} must be a list of texts that are not empty", param)
+    if len(value) > MAX_CHOICES:
+        raise invalid(f"{param} has {len(value)} choices, more than the {MAX_CHOICES} allowed", param)
     choices = " | ".join(json.dumps(choice) for choice in value)
     return await _checked_text("grammar_from_lark", f"start: {choices}", param)
 

@@ -16,6 +16,7 @@ MAX_PROMPTS = 4096
 MAX_MESSAGES = 16_384
 MAX_LOGIT_BIAS = 1024
 MAX_CHOICES = 1024
+MAX_TOOLS = 128
 MAX_TOKEN_IDS = 2**22
 """No context is this long; the served one's limit is checked later, when it is known which of the lists are prompts."""
 
@@ -122,7 +123,7 @@ class ChatCompletionRequest(GenerationFields):
     messages: Messages
     logprobs: bool | None = None
     top_logprobs: int | None = None
-    tools: list[dict[str, Any]] | None = None
+    tools: Annotated[list[dict[str, Any]], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None

@@ -13,8 +13,6 @@ from server.errors import invalid, unsupported
 from server.grammar import ANY_OBJECT, json_grammar
 from server.protocol import ChatCompletionRequest
 
-MAX_TOOLS = 128
-
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 
@@ -41,8 +39,6 @@ class Tools:
 def requested_tools(body: ChatCompletionRequest) -> Tools:
     """The tools of a request. Raises a 400 for what is wrong with them."""
     offered = body.tools or []
-    if len(offered) > MAX_TOOLS:
-        raise invalid(f"tools has {len(offered)} entries, more than the {MAX_TOOLS} allowed", "tools")
     functions = tuple(_function(tool, f"tools.{index}") for index, tool in enumerate(offered))
     names = [name for name, _ in functions]
     if len(set(names)) < len(names):

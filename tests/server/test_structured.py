@@ -80,6 +80,7 @@ BAD_NODE = {"type": "wrong"}
         ({"response_format": json_schema({"$ref": "#/$defs/missing"})}, "response_format", "at $"),
         ({"structured_outputs": {}}, "structured_outputs", "exactly one"),
         ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs", "exactly one"),
+        ({"structured_outputs": {"choice": ["a"] * 2000}}, "structured_outputs", "more than the 1024"),
         ({"structured_outputs": {"structural_tag": "a"}}, "structured_outputs", "exactly one"),
         ({"structured_outputs": {"json": 3}}, "structured_outputs", "must be a JSON object"),
         ({"structured_outputs": {"regex": 3}}, "structured_outputs", "must be a text"),

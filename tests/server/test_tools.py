@@ -243,3 +243,12 @@ async def test_a_wrong_call_in_the_conversation_is_a_400(make_client, tool_token
         answer = await client.post(URL, json={"messages": messages})
     assert answer.status_code == 400
     assert "messages.0.tool_calls.0" in answer.json()["error"]["message"]
+
+
+async def test_a_list_of_tools_without_end_is_refused_at_once(make_client):
+    tool = {"type": "function", "function": {"name": "f"}}
+    async with make_client(FakeEngine()) as client:
+        for tools in ([1] * 200_000, [tool] * 129):
+            answer = await client.post(URL, json=chat(tools=tools))
+            assert answer.status_code == 400
+            assert len(answer.text) < 1000
