@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections import Counter, defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 
+from engine.config import DraftAnchor
 from engine.core import EngineCore
 from engine.messages import FinishReason, RequestOutput, SpeculationStats, TokenColumns
+from engine.request import Request
 from engine.sampling_params import DecodingMode
 from engine.step import RequestResult, ScheduledRequest, StepPlan, StepResult
 from tests.engine.driver import Transcript, drive
@@ -54,10 +57,15 @@ class Recount:
                     self._count(owner[0], share, judged)
                     self.totals["prefill_rows"] += len(share.prefill_token_ids)
                     self.totals["draft_rows"] += share.draft_plan.num_drafts
-                    self.totals["mask_rows"] += share.draft_plan.num_branches * share.draft_plan.block_length
+                    self.totals["mask_rows"] += share.draft_plan.num_branches * share.draft_plan.branch_rows
             return others, tokens
 
-        scheduler.schedule, scheduler.apply = scheduled, applied  # type: ignore[method-assign]
+        def preempted(request: Request) -> None:
+            self.totals["num_preemptions"] += 1
+            preempt(request)
+
+        preempt = scheduler._preempt
+        scheduler.schedule, scheduler.apply, scheduler._preempt = scheduled, applied, preempted  # type: ignore[method-assign]
 
     def _count(self, name: str, share: ScheduledRequest, judged: RequestResult) -> None:
         for counter in (self.totals, self.of_request[name]):
@@ -98,18 +106,22 @@ def test_counters_equal_what_happened(depth: int, num_pages: int) -> None:
 
 
 @pytest.mark.parametrize("depth", [0, 1])
-@pytest.mark.parametrize("num_pages", [20, None])
-def test_counters_equal_what_happened_with_every_option_and_beside_diffusion(depth: int, num_pages: int | None) -> None:
+@pytest.mark.parametrize(("num_pages", "anchor"), [(20, DraftAnchor.CLEAN), (None, DraftAnchor.COPY)])
+def test_counters_equal_what_happened_with_every_option_and_beside_diffusion(
+    depth: int, num_pages: int | None, anchor: DraftAnchor
+) -> None:
     rng = random.Random(f"{depth} {num_pages}")
     requests = random_requests(rng, TINY, "request", 24)
     requests += [by_diffusion(request) for request in random_requests(rng, TINY, "lossy", 6)]
-    core = tiny_engine(
-        tiny_model("qwen3", 0, 1.0), page_size=4, num_pages=num_pages, max_num_seqs=6, budget=40, depth=depth, num_branches=2
-    )
+    model = copy.copy(tiny_model("qwen3", 0, 1.0))
+    assert model.config.tidar is not None
+    model.config = replace(model.config, tidar=replace(model.config.tidar, anchor=anchor))
+    core = tiny_engine(model, page_size=4, num_pages=num_pages, max_num_seqs=6, budget=40, depth=depth, num_branches=2)
     recount = Recount()
     recount.watch(core)
     transcript, stats = drive(core, requests), core.scheduler.stats()
     assert (stats.num_preemptions > 5) == (num_pages is not None)
+    assert stats.num_preemptions == recount.totals["num_preemptions"]
     for name in (*TOTALS, "num_drafts", "num_draft_tokens", "num_accepted_tokens", "forwards"):
         assert getattr(stats, name) == recount.totals[name] > 0, name
     assert stats.accepted_per_position == tuple(recount.accepted_at[i] for i in range(5))
