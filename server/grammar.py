@@ -29,6 +29,12 @@ _CHECKING = ThreadPoolExecutor(2, "grammar")
 # A weak model may else write white space to the end of its context: JSON allows it nearly everywhere.
 JSON_OPTIONS: JsonCompileOptions = {"whitespace_flexible": True, "whitespace_pattern": r"[\x20\x0A\x0D\x09]{0,20}"}
 
+# llguidance names an option of its own, which no client can set.
+OVERLAP = (
+    "oneOf constraints are not supported. Enable 'coerce_one_of' option to approximate oneOf with anyOf",
+    "oneOf is not supported where its alternatives may overlap: use anyOf, or give each a constant that tells it apart",
+)
+
 ANY_OBJECT = {"type": "object"}
 
 Checked = TypeVar("Checked")
@@ -161,8 +167,8 @@ def _try_schema(schema: Any) -> tuple[str, str]:
     try:
         grammar: str = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=JSON_OPTIONS)
     except ValueError as error:
-        return "", _one_line(str(error))
-    return grammar, _one_line(LLMatcher.validate_grammar(grammar))
+        return "", _one_line(str(error).replace(*OVERLAP))
+    return grammar, _one_line(LLMatcher.validate_grammar(grammar).replace(*OVERLAP))
 
 
 def _locate(root: dict[str, Any]) -> str:

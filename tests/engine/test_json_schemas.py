@@ -148,3 +148,8 @@ def test_a_schema_that_no_grammar_can_follow_is_refused_by_its_place(name: str) 
     assert (caught.value.status, caught.value.code, caught.value.param) == (400, "invalid_grammar", "response_format")
     assert f"cannot be used, at {place}: " in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_overlapping_alternatives_are_refused_with_what_to_do() -> None:
+    with pytest.raises(ApiError, match="use anyOf, or give each a constant"):
+        asyncio.run(json_grammar({"oneOf": [{"type": "integer"}, {"type": "number"}]}, "response_format"))
