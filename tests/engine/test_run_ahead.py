@@ -159,3 +159,17 @@ def test_requests_that_never_fit_are_answered_at_once(depth: int) -> None:
     assert outputs["empty"].error == "the prompt is empty: send at least one token"
     assert {output.finish_reason for output in outputs.values()} == {FinishReason.ERROR}
     assert not core.has_work
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_what_was_computed_behind_a_stop_is_shared_with_nobody(depth: int) -> None:
+    """Its tokens are not the request's, and in the table stand those of the slot's request before."""
+    core, device = fake_engine(FakeLimits(page_size=1, max_num_seqs=1, num_branches=4, guess_rate=1.0, depth=depth))
+    before = make_script("before", (1, 2), (3, 0, 1, 2, 3, 0, 1, 2))
+    stopped = make_script("stopped", (1, 3), (2, STOP_TOKEN, 0, 0, 0, 0, 0))
+    after = make_script("after", (1, 3, 2, STOP_TOKEN, 1, 2, 3), (0, 1))
+    for script in (before, stopped, after):
+        device.scripts = {script.request.request_id: script}
+        transcript = drive(core, [script.request])
+        assert transcript.tokens(script.request.request_id) == script.expected
+    assert transcript.outputs["after"][-1].num_cached_tokens == 4
