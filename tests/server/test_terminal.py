@@ -36,7 +36,7 @@ async def terminal(url, *flags, **environment):
 
 
 async def talk(url, lines, *flags, **environment):
-    async with terminal(url, *flags, **environment) as process, asyncio.timeout(60):
+    async with terminal(url, *flags, **environment) as process, asyncio.timeout(180):
         out, err = await process.communicate(lines.encode())
     return process.returncode, out.decode(), err.decode()
 
@@ -75,7 +75,7 @@ async def test_errors_are_one_line_and_the_conversation_goes_on(make_app, tokeni
 async def test_ctrl_c_stops_the_answer_and_not_the_program(make_app, tokenizer):
     ends = iter((End.HANG, End.EOS))
     engine = FakeEngine(lambda r: text_script(tokenizer, "hello", end=next(ends)))
-    async with listening(make_app(engine)) as url, terminal(url) as process, asyncio.timeout(60):
+    async with listening(make_app(engine)) as url, terminal(url) as process, asyncio.timeout(180):
         process.stdin.write(b"one\n")
         assert await process.stdout.readexactly(5) == b"hello"
         process.send_signal(signal.SIGINT)
