@@ -17,7 +17,7 @@ import torch
 from transformers import AutoTokenizer
 
 from benchmarks.bundled import MAX_TOKENS, MODEL, build_engine, load_bundled, run_engine
-from benchmarks.decode_modes import prompt_sets
+from benchmarks.prompts import prompt_sets
 from benchmarks.report import finish, table
 from engine.core import EngineCore
 from engine.messages import GenerateRequest, TokenLogprobs

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import random
 import statistics
 import time
 from collections.abc import Callable
@@ -22,10 +21,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks import grammar_cost
 from benchmarks.bundled import MAX_TOKENS, MODEL, Sample, build_engine, load_bundled, run_engine
+from benchmarks.prompts import prompt_sets
 from benchmarks.report import finish, table
-from benchmarks.stdlib_questions import load_held_out
 from engine.sampling_params import DecodingMode
-from training.corpus.build import build_corpus
 
 Run = Callable[[], tuple[Sample, list[tuple[int, ...]]]]
 """Runs a configuration once: what it took, and the answers."""
@@ -117,22 +115,6 @@ def summarise(prompts: str, batch: int, samples: dict[str, list[Sample]], num_pr
             )
         )
     return rows
-
-
-def prompt_sets(tokenizer: Any, count: int) -> dict[str, list[list[int]]]:
-    """Known phrasings, drawn from the training grammar, and phrasings that training never saw; right names in both."""
-    rng = random.Random(3)
-    known = [question for question, _ in build_corpus().known_questions(count, seed=3)]
-    held_out = [q.question for q in load_held_out()["close"] if q.intent != "refusal"]
-    sets = {"known": known, "new": rng.sample(held_out, min(count, len(held_out)))}
-
-    def encode(question: str) -> list[int]:
-        text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": question}], add_generation_prompt=True, tokenize=False
-        )
-        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-    return {name: [encode(q) for q in questions] for name, questions in sets.items()}
 
 
 def main() -> None:

@@ -7,14 +7,18 @@ import json
 import random
 from itertools import chain
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from llguidance import LLMatcher, LLTokenizer
 from tokenizers import Tokenizer
 
 import server
 from engine.grammar import tokenizer_loader
 from engine.models.hf_config import read_model_config
-from tests.engine.vocabulary import Language
+
+if TYPE_CHECKING:
+    from llguidance import LLTokenizer
+
+    from tests.engine.vocabulary import Language
 
 ROOT = Path(__file__).parents[2]
 FOLDER = Path(server.__file__).parent / "bundled_model"
@@ -67,6 +71,11 @@ def passage(rng: random.Random, length: int) -> list[int]:
 
 @functools.lru_cache(maxsize=1)
 def real_text_language() -> Language:
+    """Imports the grammar library, which a machine that only runs the tests of a GPU may lack."""
+    from llguidance import LLMatcher
+
+    from tests.engine.vocabulary import Language
+
     vocab_size, id_of = read_model_config(FOLDER).vocab_size, real_tokenizer().token_to_id
     closers = [id_of(text) for text in ("}", "]", '"', "1", "-")]
     return Language(
