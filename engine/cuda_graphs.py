@@ -1,10 +1,10 @@
 """Steps that are recorded once and replayed: layout, forward and verdict of a decode step in one CUDA graph.
 
-A graph has fixed shapes and fixed addresses. So a captured step has a *uniform* layout, the same drafts and branches for
-every request, and room for a number of requests from a short list. A plan is replayed in the smallest captured step that
-covers it: what the host says of it (slots and bounds) is copied into the step's one input, requests that are missing are the
-null slot, which wants nothing, and rows beyond a bound are padding as they are in any step. Everything else is device state,
-written by the verdict of the step before: one replay ends with the input of the next, and the host need not read in between.
+A graph has fixed shapes and fixed addresses. So a captured step has a *uniform* layout, and a plan is replayed in the smallest
+one that covers it (``engine/step_sizes.py``): what the host says of it (slots and bounds) is copied into the step's one input,
+requests that are missing are the null slot, which wants nothing, and rows beyond a bound are padding as they are in any step.
+Everything else is device state, written by the verdict of the step before: one replay ends with the input of the next, and the
+host need not read in between.
 
 Steps in which the host has a part run without a graph: prefill chunks, grammars, log-probabilities, diffusion. So do those
 that no captured step covers, or only one that is much larger: nothing is captured while requests run.
@@ -12,11 +12,10 @@ that no captured step covers, or only one that is much larger: nothing is captur
 
 from __future__ import annotations
 
-import bisect
 import dataclasses
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -29,10 +28,8 @@ from engine.decode.tidar import TidarDecoder, Verdict
 from engine.input_batch import SamplingNeeds
 from engine.model_runner import ModelRunner
 from engine.step import DraftPlan, IntArray, RequestShape, StepPlan
+from engine.step_sizes import StepSize, StepSizes
 from engine.upload import upload
-
-REQUEST_BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 160, 192, 256, 320, 384, 448, 512)
-"""Numbers of requests that a step is captured for, below ``max_num_seqs``, which is one too."""
 
 GREEDY = SamplingNeeds()
 SAMPLED = SamplingNeeds(noise=True)
@@ -41,10 +38,6 @@ ALL_NEEDS = dataclasses.replace(TRUNCATED, penalties=True, bias=True, min_tokens
 LEVELS = (GREEDY, SAMPLED, TRUNCATED, ALL_NEEDS)
 """A step is captured with one of these, each of which does the work of those before it, too: what a request does not ask for
 has no effect on it."""
-
-FREE_ROWS, MOST_PADDING = 128, 2
-"""A captured step of up to ``FREE_ROWS`` rows may have any number of padding rows, a larger one ``MOST_PADDING`` times the
-plan's rows at most: rows are free only while the weights have to be streamed anyway."""
 
 Result = TypeVar("Result")
 
@@ -74,21 +67,6 @@ class CudaCapture:
         return result, graph.replay
 
 
-class StepSize(NamedTuple):
-    """The shapes of a captured step."""
-
-    num_requests: int
-    num_drafts: int
-    num_branches: int
-    block_length: int
-    has_anchor: bool
-
-    @property
-    def num_rows(self) -> int:
-        """Rows of the step."""
-        return self.num_requests * (self.num_drafts + self.num_branches * (self.block_length + self.has_anchor))
-
-
 @dataclass(frozen=True, slots=True)
 class CapturedStep:
     """A recorded step: its input on the device, [3, N], its output, and the version of the tables that it reads.
@@ -108,9 +86,7 @@ class StepGraphs:
 
     def __init__(self, decoder: TidarDecoder, runner: ModelRunner, capture: Capture, max_prefix: int) -> None:
         self._decoder, self._runner, self._capture, self._max_prefix = decoder, runner, capture, max_prefix
-        most = decoder.batch.num_slots
-        self._buckets = (*(n for n in REQUEST_BUCKETS if n < most), most)
-        self._sizes: list[StepSize] = []
+        self.sizes = StepSizes(decoder.batch.num_slots)
         self._captured: dict[tuple[StepSize, int], CapturedStep] = {}
         self.num_replays = 0
 
@@ -119,36 +95,21 @@ class StepGraphs:
         """Graphs at hand."""
         return len(self._captured)
 
-    @property
-    def buckets(self) -> tuple[int, ...]:
-        """Numbers of requests that steps are captured for, ascending."""
-        return self._buckets
-
     def prepare(self, num_requests: int, plans: Iterable[DraftPlan], needs: SamplingNeeds = GREEDY) -> None:
         """Capture the steps that serve ``num_requests`` requests with these plans, before they are needed."""
-        bucket = self._bucket(num_requests)
+        level = _level(needs)
         for plan in plans:
-            size = StepSize(bucket, plan.num_drafts, plan.num_branches, plan.block_length, plan.has_anchor)
-            if size not in self._sizes:
-                bisect.insort(self._sizes, size, key=lambda size: size.num_rows)
-            level = _level(needs)
+            size = self.sizes.add(num_requests, plan)
             if self._at_hand(size, level) is None:
                 self._captured[size, level] = self._record(size, level)
-
-    def covers(self, num_requests: int, plan: DraftPlan) -> bool:
-        """Whether a step of so many requests with this plan is replayed."""
-        bounds = np.array([[plan.num_drafts, plan.num_branches, plan.block_length, plan.has_anchor]])
-        return self._find(num_requests, bounds) is not None
 
     def launch(self, plan: StepPlan) -> PendingResult | None:
         """Replay the step of a plan that was admitted. None, and nothing was done, where no captured step can do it."""
         host = self._decoder.batch.host
         if plan.num_prefill.any() or host.has_diffusion(plan.slots) or (host.num_logprobs_S[plan.slots] >= 0).any():
             return None
-        size = self._find(len(plan.slots), plan.shapes[:, 1:5])
+        size = self.sizes.find(plan.shapes[:, 1:5])
         if size is None or self._decoder.grammars.constrained(plan):
-            return None
-        if size.num_rows > max(FREE_ROWS, MOST_PADDING * plan.num_rows):
             return None
         levels = range(_level(host.needs(plan.slots)), len(LEVELS))
         step = next((step for level in levels if (step := self._at_hand(size, level)) is not None), None)
@@ -160,20 +121,6 @@ class StepGraphs:
         step.replay()
         self.num_replays += 1
         return PendingResult(plan, host, step.verdict.packed)
-
-    def _bucket(self, num_requests: int) -> int:
-        return self._buckets[bisect.bisect_left(self._buckets, num_requests)]
-
-    def _find(self, num_requests: int, bounds: IntArray) -> StepSize | None:
-        """The captured step with the fewest rows that covers requests with these drafts, branches, blocks and anchors."""
-        drafts, branches = int(bounds[:, 0].max()), int(bounds[:, 1].max())
-        blocks = {(block, bool(anchor)) for block, anchor in bounds[bounds[:, 1] > 0, 2:].tolist()}
-        bucket = self._bucket(num_requests)
-        for size in self._sizes:
-            fits = size.num_requests == bucket and size.num_drafts >= drafts and size.num_branches >= branches
-            if fits and blocks <= {(size.block_length, size.has_anchor)}:
-                return size
-        return None
 
     def _at_hand(self, size: StepSize, level: int) -> CapturedStep | None:
         """The captured step, unless a table that it reads has moved since."""

@@ -50,7 +50,7 @@ class KVCacheManager:
         """
         page_ids = self._page_ids[slot]
         assert not page_ids, "the slot has a sequence"
-        last_hash = hashlib.blake2b(salt.encode(), digest_size=16).digest()
+        last_hash = _hash(b"", salt.encode())
         for start in range(0, len(token_ids) - self.page_size if self.share_prefixes else 0, self.page_size):
             prefix_hash = _hash(last_hash, token_ids[start : start + self.page_size].tobytes())
             page = self.pool.find(prefix_hash)
@@ -103,14 +103,12 @@ class KVCacheManager:
 
     def _publish(self, slots_N: IntArray, token_ids_SC: TokenArray) -> None:
         """Make the next page of each sequence shareable."""
-        numbers_N = self._next_full_S[slots_N] // self.page_size - 1
-        positions_NP = numbers_N[:, None] * self.page_size + np.arange(self.page_size)
-        token_ids_NP = token_ids_SC[slots_N[:, None], positions_NP]
-        self._next_full_S[slots_N] += self.page_size
-        tokens, size = token_ids_NP.tobytes(), token_ids_NP.itemsize * self.page_size
-        for row, (slot, number) in enumerate(zip(slots_N.tolist(), numbers_N.tolist(), strict=True)):
-            prefix_hash = self._last_hash[slot] = _hash(self._last_hash[slot], tokens[row * size : (row + 1) * size])
-            self.pool.publish(self._page_ids[slot][number], prefix_hash)
+        ends_N = self._next_full_S[slots_N]
+        self._next_full_S[slots_N] = ends_N + self.page_size
+        last_hash, page_ids, page_size = self._last_hash, self._page_ids, self.page_size
+        for slot, end in zip(slots_N.tolist(), ends_N.tolist(), strict=True):
+            last_hash[slot] = prefix_hash = _hash(last_hash[slot], token_ids_SC[slot, end - page_size : end].tobytes())
+            self.pool.publish(page_ids[slot][end // page_size - 1], prefix_hash)
 
     def truncate(self, slots_N: IntArray, num_tokens_N: IntArray) -> None:
         """Give back the pages beyond ``num_tokens`` positions of each sequence.
@@ -147,4 +145,5 @@ class KVCacheManager:
 
 
 def _hash(previous: bytes, tokens: bytes) -> bytes:
-    return hashlib.blake2b(previous + tokens, digest_size=16).digest()
+    # Prefixes of strangers must not collide, and processors have instructions for this hash.
+    return hashlib.sha256(previous + tokens).digest()

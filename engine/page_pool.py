@@ -39,9 +39,11 @@ class PagePool:
         if count > len(self._free):
             return None
         pages = [self._free.popitem(last=False)[0] for _ in range(count)]
+        hashes, counts = self._hashes, self._counts
         for page in pages:
-            self._forget(page)
-            self._counts[page] = 1
+            counts[page] = 1
+            if hashes[page] is not None:
+                self._forget(page)
         return pages
 
     def share(self, page: int) -> None:
@@ -69,9 +71,9 @@ class PagePool:
 
     def _forget(self, page: int) -> None:
         prefix_hash = self._hashes[page]
-        if prefix_hash is not None:
-            del self._by_hash[prefix_hash]
-            self._hashes[page] = None
+        assert prefix_hash is not None, "the page keeps nothing"
+        del self._by_hash[prefix_hash]
+        self._hashes[page] = None
 
     def check_integrity(self, held: list[list[int]]) -> None:
         """Raise AssertionError unless the counts are exactly the holds in ``held`` and free and held pages add up."""

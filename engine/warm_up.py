@@ -61,7 +61,8 @@ def capture_steps(
     decoding, then with all options, which serves every other request.
     """
     deadline = time.perf_counter() + seconds
-    sizes = sorted((n * plan.num_rows, n, plan) for n in graphs.buckets for plan in plans if n * plan.num_rows <= max_rows)
+    pairs = [(n, plan) for n in graphs.sizes.buckets for plan in plans]
+    sizes = sorted((n * plan.num_rows, n, plan) for n, plan in pairs if n * plan.num_rows <= max_rows)
     first = tuple(dict.fromkeys((GREEDY, *needs)))
     steps = [(n, plan, need) for wanted in (first, (ALL_NEEDS,)) for _, n, plan in sizes for need in wanted]
     for done, (num_requests, plan, need) in enumerate(steps):
@@ -85,8 +86,8 @@ def follow_goodput(
     keep: Callable[[Callable[[], CostTable]], CostTable] = lambda measure: measure(),
 ) -> GoodputPolicy:
     """Time the draft plans, and return the policy that picks among them. ``keep`` may know the costs from an earlier start."""
-    counts = graphs.buckets if graphs is not None else powers_of_two(max_num_seqs)
-    is_captured = graphs.covers if graphs is not None else None
+    sizes = None if graphs is None else graphs.sizes
+    counts = powers_of_two(max_num_seqs) if sizes is None else sizes.buckets
     context = min(max_context, MEASURED_CONTEXT)
-    plan = (configured.block_length, counts, max_rows, context, configured.has_anchor, is_captured)
-    return GoodputPolicy(configured, keep(lambda: measure_costs(timer, *plan)), is_captured)
+    plan = (configured.block_length, counts, max_rows, context, configured.has_anchor, sizes)
+    return GoodputPolicy(configured, keep(lambda: measure_costs(timer, *plan)), sizes)

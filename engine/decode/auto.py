@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import ClassVar
 
 import numpy as np
@@ -11,6 +11,7 @@ from engine.decode.goodput import AR, Acceptance, CostTable, PlanShape, goodput,
 from engine.decode.policy import Drafting, allowed_branches, draft_plans, num_useful_branches
 from engine.sampling_params import DecodingMode
 from engine.step import BoolArray, DraftPlan, IntArray
+from engine.step_sizes import StepSizes
 
 STEPS_BETWEEN_CHOICES = 16
 
@@ -32,15 +33,14 @@ class GoodputPolicy:
     mode: ClassVar[DecodingMode] = DecodingMode.TIDAR
     verifies: ClassVar[bool] = True
 
-    def __init__(
-        self, configured: Drafting, costs: CostTable, is_captured: Callable[[int, DraftPlan], bool] | None = None
-    ) -> None:
-        """``is_captured``: whether a step of so many requests with this plan is replayed; None where no step is captured."""
-        self._costs, self._anchor_rows, self._is_captured = costs, int(configured.has_anchor), is_captured
+    def __init__(self, configured: Drafting, costs: CostTable, captured: StepSizes | None = None) -> None:
+        """``captured``: the sizes of captured steps; None where steps are not captured."""
+        self._costs, self._captured = costs, captured
         self._has_anchor, self._max_length = configured.has_anchor, configured.block_length
         # A drafter whose blocks begin with a copy was trained on whole blocks alone.
         self._shapes = plan_shapes(configured.block_length, has_short_blocks=not configured.has_anchor)
         self._acceptance = Acceptance(configured.block_length)
+        self._outcomes: list[tuple[IntArray, IntArray, IntArray, BoolArray]] = []
         self._steps, self._chosen_at, self._load = 0, -STEPS_BETWEEN_CHOICES, 0
         self._probes = False
         self.shape = PlanShape(configured.block_length, configured.num_branches)
@@ -53,14 +53,16 @@ class GoodputPolicy:
         # A probe that is due waits for a step that has room for it.
         self._probes = is_short and (self._probes or self._steps % STEPS_BETWEEN_PROBES == 0)
         is_due = self._steps - self._chosen_at >= STEPS_BETWEEN_CHOICES or not 0.75 <= num_requests / max(1, self._load) <= 1.33
-        if num_requests and is_due and self._acceptance.is_measured:
-            self._choose(num_requests, context)
+        if num_requests and is_due:
+            self._learn()
+            if self._acceptance.is_measured:
+                self._choose(num_requests, context)
 
     def _choose(self, num_requests: int, context: float) -> None:
         self._chosen_at, self._load = self._steps, num_requests
-        is_uniform = self._is_captured is not None
+        places = None if self._captured is None else self._captured.num_places(num_requests)
         expected = {
-            shape: goodput(shape, self._acceptance, self._costs, num_requests, context, self._anchor_rows, is_uniform)
+            shape: goodput(shape, self._acceptance, self._costs, num_requests, context, int(self._has_anchor), places)
             for shape in self._candidates(num_requests)
         }
         self.expected_by_name = tuple((str(shape), value) for shape, value in expected.items())
@@ -71,18 +73,27 @@ class GoodputPolicy:
     def _candidates(self, num_requests: int) -> Iterable[PlanShape]:
         """The plans to compare: where steps are captured, only what was captured for so many requests, and ``ar``."""
         shapes = dict.fromkeys((*self._shapes, self.shape))
-        if self._is_captured is None:
+        if self._captured is None:
             return shapes
         plans = {s: DraftPlan(s.block_length, s.num_branches, s.block_length, self._has_anchor) for s in shapes}
-        return [s for s in shapes if s == AR or self._is_captured(num_requests, plans[s])]
+        return [s for s in shapes if s == AR or self._captured.covers(num_requests, plans[s])]
 
     def observe(self, plans_N4: IntArray, num_drafts_N: IntArray, num_accepted_N: IntArray, is_hit_N: BoolArray) -> None:
-        """What became of requests' decode steps: drafts verified and accepted, 1 where a branch was hit."""
+        """What became of requests' decode steps: drafts verified and accepted, and whether a branch was hit.
+
+        The arrays are kept until plans are compared again: a few hundred outcomes or some thousand take as long to learn from.
+        """
+        self._outcomes.append((plans_N4[:, 1], num_drafts_N, num_accepted_N, is_hit_N))
+
+    def _learn(self) -> None:
+        """Take the outcomes since the last time into account."""
+        if not self._outcomes:
+            return
+        num_branches_N, num_drafts_N, num_accepted_N, is_hit_N = map(np.concatenate, zip(*self._outcomes, strict=True))
+        self._outcomes.clear()
         self._acceptance.observe(num_drafts_N, num_accepted_N)
-        num_branches_N = plans_N4[:, 1]
         is_partial_N = (num_branches_N > 0) & (num_branches_N < num_drafts_N)
-        if is_partial_N.any():
-            self._acceptance.observe_hits(is_hit_N[is_partial_N], num_drafts_N[is_partial_N], num_branches_N[is_partial_N])
+        self._acceptance.observe_hits(is_hit_N[is_partial_N], num_drafts_N[is_partial_N], num_branches_N[is_partial_N])
 
     def plans(self, held_N: IntArray, wanted_N: IntArray, is_verifying: bool) -> IntArray:
         length, num_branches = self.shape.block_length, self.shape.num_branches

@@ -201,9 +201,14 @@ def goodput(
     num_requests: int,
     context: float,
     anchor_rows: int = 0,
-    is_uniform: bool = False,
+    num_places: int | None = None,
 ) -> float:
-    """Expected tokens per second of ``num_requests`` requests that all follow one plan."""
-    expected = expect(shape, acceptance, anchor_rows, is_uniform)
-    seconds = costs.cost(num_requests, num_requests * expected.rows_per_step, context)
+    """Expected tokens per second of ``num_requests`` requests that all follow one plan.
+
+    ``num_places``: requests that a captured step of so many has room for, each with the same rows; None where a step has just
+    the rows that it needs. A place that nobody has costs rows, but has no tokens in the cache.
+    """
+    expected = expect(shape, acceptance, anchor_rows, num_places is not None)
+    places = num_requests if num_places is None else num_places
+    seconds = costs.cost(places, places * expected.rows_per_step, context * num_requests / places)
     return num_requests * expected.tokens_per_step / seconds

@@ -18,6 +18,7 @@ from engine.decode.pending import PendingResult
 from engine.decode.tidar import TidarDecoder
 from engine.sampling_params import DecodingMode, SamplingParams
 from engine.step import Admission, DraftPlan, ScheduledRequest, StepPlan
+from engine.step_sizes import StepSizes
 
 MAX_SECONDS = 2.0
 REPEATS = 3
@@ -67,11 +68,11 @@ def measure_costs(
     max_rows: int,
     max_context: int,
     has_anchor: bool = False,
-    is_captured: Callable[[int, DraftPlan], bool] | None = None,
+    captured: StepSizes | None = None,
 ) -> CostTable:
     """Time the plans' rows at these ``counts`` of requests, and what tokens in the cache add.
 
-    Where steps are captured, a plan that was not at a count is left out.
+    ``captured``: the sizes of captured steps, None where steps are not captured; a plan in another size is left out.
     """
     shapes = plan_shapes(block_length, has_short_blocks=not has_anchor)
     full = [DraftPlan(s.block_length, s.num_branches, s.block_length, has_anchor) for s in shapes]
@@ -82,7 +83,7 @@ def measure_costs(
     rows: dict[int, list[int]] = {n: [] for n in counts}
     seconds: dict[int, list[float]] = {n: [] for n in counts}
     for total, n, each in sorted((n * each, n, each) for n in counts for each in plans):
-        is_possible = total <= max_rows and (is_captured is None or is_captured(n, plans[each]))
+        is_possible = total <= max_rows and (captured is None or captured.covers(n, plans[each]))
         # However slow the machine is, the cheapest step is timed: a table needs a point.
         if is_possible and (time.perf_counter() < deadline or not any(rows.values())):
             # More rows never cost less: what looks so is noise.

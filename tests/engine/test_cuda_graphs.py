@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine import cuda_graphs
+from engine import step_sizes
 from engine.core import EngineCore
 from engine.cuda_graphs import ALL_NEEDS, GREEDY, SAMPLED, TRUNCATED, StepGraphs
 from engine.decode.auto import GoodputPolicy
@@ -64,7 +64,7 @@ def engine_with_graphs(
     graphs = StepGraphs(core.decoder, core.runner, FakeCapture(), MAX_MODEL_LEN)
     plans = [*PLANS[:2], DraftPlan(BLOCK_LENGTH, num_branches, BLOCK_LENGTH)]
     with torch.inference_mode():
-        for num_requests in graphs.buckets:
+        for num_requests in graphs.sizes.buckets:
             for need in needs:
                 graphs.prepare(num_requests, plans, need)
     core.graphs = graphs
@@ -80,7 +80,7 @@ def test_an_engine_with_a_capture_records_every_step_that_its_plans_may_take(dep
     assert graphs is not None
     assert isinstance(policy, GoodputPolicy)
     for shape in policy._candidates(8):
-        assert graphs.covers(8, DraftPlan(shape.block_length, shape.num_branches, shape.block_length))
+        assert graphs.sizes.covers(8, DraftPlan(shape.block_length, shape.num_branches, shape.block_length))
     requests = random_requests(random.Random(4), 16)
     requests += [replace(request, request_id=f"auto {i}", decoding=DecodingMode.AUTO) for i, request in enumerate(requests)]
     recorded = capture.num_recorded
@@ -135,11 +135,11 @@ def test_the_host_has_a_part_in_some_steps_and_those_are_not_replayed() -> None:
 
 def test_a_step_without_a_captured_size_runs_all_the_same() -> None:
     _, graphs = engine_with_graphs(num_branches=1)
-    assert graphs.covers(3, DraftPlan(BLOCK_LENGTH, 1, BLOCK_LENGTH))
-    assert graphs.covers(3, DraftPlan(2, 0, 1))
-    assert not graphs.covers(3, DraftPlan(BLOCK_LENGTH, 2, BLOCK_LENGTH))
-    assert not graphs.covers(3, DraftPlan(2, 1, BLOCK_LENGTH - 1)), "blocks of another length"
-    assert not graphs.covers(3, DraftPlan(2, 1, BLOCK_LENGTH, has_anchor=True))
+    assert graphs.sizes.covers(3, DraftPlan(BLOCK_LENGTH, 1, BLOCK_LENGTH))
+    assert graphs.sizes.covers(3, DraftPlan(2, 0, 1))
+    assert not graphs.sizes.covers(3, DraftPlan(BLOCK_LENGTH, 2, BLOCK_LENGTH))
+    assert not graphs.sizes.covers(3, DraftPlan(2, 1, BLOCK_LENGTH - 1)), "blocks of another length"
+    assert not graphs.sizes.covers(3, DraftPlan(2, 1, BLOCK_LENGTH, has_anchor=True))
 
 
 def test_a_step_is_captured_once_for_its_size_and_needs_and_again_when_a_table_has_moved() -> None:
@@ -185,7 +185,7 @@ def test_nothing_is_captured_while_requests_run_and_what_is_not_at_hand_runs_wit
     assert answers(core, [request], {}) == answers(plain, [request], {})
     assert (capture.num_recorded, graphs.num_replays) == (recorded, 0), "greedy steps alone were captured"
     with torch.inference_mode():
-        for num_requests in graphs.buckets:
+        for num_requests in graphs.sizes.buckets:
             graphs.prepare(num_requests, PLANS, ALL_NEEDS)
     assert answers(core, [request], {}) == answers(plain, [request], {})
     assert graphs.num_replays > 0, "a step with all options serves whoever wants some"
@@ -197,7 +197,7 @@ def test_a_captured_step_is_not_taken_where_it_would_be_mostly_padding(monkeypat
         GenerateRequest(f"ar {i}", (9, 10), SamplingParams(20, seed=i, temperature=0.0), DecodingMode.AR) for i in range(7)
     ]
     mixed = [*requests, GenerateRequest("tidar", (9, 10), SamplingParams(20, seed=9, temperature=0.0))]
-    monkeypatch.setattr(cuda_graphs, "FREE_ROWS", 8)
+    monkeypatch.setattr(step_sizes, "FREE_ROWS", 8)
     drive(core, mixed)
     replays = graphs.num_replays
     drive(core, requests)

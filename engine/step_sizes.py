@@ -1,0 +1,76 @@
+"""The sizes that steps are captured in, and which of them a plan is replayed in: arithmetic alone.
+
+A captured step is *uniform*: it has places for a number of requests from a short list, and the same rows for each of them. A
+plan is replayed in the smallest one that covers it, unless that would be mostly padding.
+"""
+
+from __future__ import annotations
+
+import bisect
+from typing import NamedTuple
+
+import numpy as np
+
+from engine.step import DraftPlan, IntArray
+
+REQUEST_BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 160, 192, 256, 320, 384, 448, 512)
+"""Numbers of requests that a step is captured for, below ``max_num_seqs``, which is one too."""
+
+FREE_ROWS, MOST_PADDING = 128, 2
+"""A captured step of up to ``FREE_ROWS`` rows may have any number of padding rows, a larger one ``MOST_PADDING`` times the
+plan's rows at most: rows are free only while the weights have to be streamed anyway."""
+
+
+class StepSize(NamedTuple):
+    """The shapes of a captured step."""
+
+    num_requests: int
+    num_drafts: int
+    num_branches: int
+    block_length: int
+    has_anchor: bool
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the step."""
+        return self.num_requests * (self.num_drafts + self.num_branches * (self.block_length + self.has_anchor))
+
+
+class StepSizes:
+    """The sizes at hand for an engine of at most ``max_num_seqs`` requests."""
+
+    def __init__(self, max_num_seqs: int) -> None:
+        self.buckets = (*(n for n in REQUEST_BUCKETS if n < max_num_seqs), max_num_seqs)
+        """Numbers of requests, ascending."""
+        self._by_places: dict[int, list[StepSize]] = {places: [] for places in self.buckets}
+
+    def add(self, num_requests: int, plan: DraftPlan) -> StepSize:
+        """The size that serves so many requests with this plan, from now on at hand."""
+        places = self.num_places(num_requests)
+        size = StepSize(places, plan.num_drafts, plan.num_branches, plan.block_length, plan.has_anchor)
+        if size not in self._by_places[places]:
+            bisect.insort(self._by_places[places], size, key=lambda size: size.num_rows)
+        return size
+
+    def num_places(self, num_requests: int) -> int:
+        """Requests that a captured step of so many has room for."""
+        return self.buckets[bisect.bisect_left(self.buckets, num_requests)]
+
+    def covers(self, num_requests: int, plan: DraftPlan) -> bool:
+        """Whether a step of so many requests that all have this plan is replayed."""
+        bounds = np.array([[plan.num_drafts, plan.num_branches, plan.block_length, plan.has_anchor]])
+        return self.find(bounds.repeat(num_requests, axis=0)) is not None
+
+    def find(self, plans_N4: IntArray) -> StepSize | None:
+        """The size in which requests with these plans (fields of ``DraftPlan``) are replayed: that with the fewest rows.
+
+        None where there is none that covers them, or only one that is much larger.
+        """
+        drafts, branches = int(plans_N4[:, 0].max()), int(plans_N4[:, 1].max())
+        blocks = {(block, bool(anchor)) for block, anchor in plans_N4[plans_N4[:, 1] > 0, 2:].tolist()}
+        for size in self._by_places[self.num_places(len(plans_N4))]:
+            fits = size.num_drafts >= drafts and size.num_branches >= branches
+            if fits and blocks <= {(size.block_length, size.has_anchor)}:
+                num_rows = int((plans_N4[:, 0] + plans_N4[:, 1] * (plans_N4[:, 2] + plans_N4[:, 3])).sum())
+                return size if size.num_rows <= max(FREE_ROWS, MOST_PADDING * num_rows) else None
+        return None
