@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.decode.inputs import StepBounds, bounds_of
+from engine.decode.inputs import bounds_of
 from engine.decode.layout import StepLayout, build_layout
 from engine.decode.pending import PendingResult
 from engine.decode.tidar import TidarDecoder, Verdict
@@ -139,7 +139,7 @@ class StepGraphs:
         max_prefix = (self._max_prefix,) * size.num_requests
 
         def run() -> Verdict:
-            inputs = decoder.rows.rows(layout, StepBounds.of(bounds_3N), no_prefill, max_prefix, needs)
+            inputs = decoder.rows.rows(layout, bounds_3N, no_prefill, max_prefix, needs)
             logits = self._runner.execute(inputs)
             assert logits is not None, "every request of a captured step has a draft"
             return decoder.verify(inputs, logits)

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels.decode_state import DecodeState
+from kernels.gather import reference as gather_reference
 from kernels.linear import packed as packed_linear
 from kernels.linear import reference as linear_reference
 from kernels.linear.choice import ChoiceTable
@@ -23,10 +25,12 @@ from kernels.rms_norm import reference as rms_norm_reference
 from kernels.rope_kv_write import reference as rope_reference
 from kernels.rope_kv_write.metadata import RopeMetadata
 from kernels.sampling import reference as sampling_reference
+from kernels.step_rows import reference as step_rows_reference
+from kernels.step_rows.metadata import StepLayout, StepRows
 from kernels.swiglu import invariant as invariant_swiglu
 from kernels.swiglu import reference as swiglu_reference
 from kernels.verify import reference as verify_reference
-from kernels.verify.reference import Verified
+from kernels.verify.metadata import StepRequests, Verified
 
 PrepareLinear = Callable[[Sequence[Weight], torch.dtype, int, Callable[[str], None]], ChoiceTable | None]
 """Chooses implementations for the model's weights, the type of its rows and the most rows of a step, or checks the one that
@@ -55,7 +59,9 @@ class Kernels:
     paged_attention: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Any, float], Tensor]
     sample_tokens: Callable[[Tensor, Tensor | None, RowSampling, Tensor, int | None], Tensor]
     sample_drafts: Callable[[Tensor, Tensor | None, RowSampling, Tensor, int | None, float | None], tuple[Tensor, Tensor]]
-    verify: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Verified]
+    lay_out: Callable[[DecodeState, StepLayout, Tensor, Tensor, int, int], StepRows]
+    gather: Callable[[tuple[Tensor, ...], Tensor], tuple[Tensor, ...]]
+    verify: Callable[[DecodeState, StepLayout, StepRequests, Tensor, float | None, bool], Verified]
     prepare_linear: PrepareLinear
     attends_by_length: bool = False
 
@@ -79,6 +85,8 @@ REFERENCE = Kernels(
     paged_attention=paged_attention_reference.paged_attention,
     sample_tokens=sampling_reference.sample_tokens,
     sample_drafts=sampling_reference.sample_drafts,
+    lay_out=step_rows_reference.lay_out,
+    gather=gather_reference.gather,
     verify=verify_reference.verify,
     prepare_linear=nothing_to_prepare,
 )
@@ -134,12 +142,14 @@ def _triton_kernels_for(device: torch.device, dtype: torch.dtype, num_kv_heads: 
 
 def triton_kernels(num_kv_heads: int, batch_invariant: bool = False) -> Kernels:
     """Every operation that has a Triton kernel, the references for the rest. Raises ImportError without Triton."""
+    from kernels.gather import triton as gather
     from kernels.linear import triton as linear
     from kernels.linear.tuned import TunedLinear
     from kernels.paged_attention import triton as paged_attention
     from kernels.rms_norm import triton as rms_norm
     from kernels.rope_kv_write import triton as rope_kv_write
     from kernels.sampling import triton as sampling
+    from kernels.step_rows import triton as step_rows
     from kernels.swiglu import triton as swiglu
     from kernels.verify import triton as verify
 
@@ -161,5 +171,7 @@ def triton_kernels(num_kv_heads: int, batch_invariant: bool = False) -> Kernels:
         paged_attention=paged_attention.paged_attention,
         sample_tokens=sampling.sample_tokens,
         sample_drafts=sampling.sample_drafts,
+        lay_out=step_rows.lay_out,
+        gather=gather.gather,
         verify=verify.verify,
     )

@@ -129,7 +129,7 @@ class GrammarTable:
                 logits_QV,
                 layout.masks_NBK[request, rank, draft],
                 slot,
-                torch.full_like(slot, draft),
+                torch.full_like(slot, draft - 1),
                 computed_C[walk] + draft,
                 GrammarRows(torch.arange(len(walk), device=batch.device), masks.to(batch.device)),
             )

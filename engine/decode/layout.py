@@ -4,14 +4,12 @@ Rows of a request: prefill tokens, drafts, then its branches, one block after th
 plan bounds, which may be more than what the request can use (fewer drafts held, fewer branches worth running): what is not
 used is padding.
 
-Shape suffixes: N requests of the step, R rows, D verifying rows (drafts), B branches at most, K block length at most, P
-prefill rows whose logits are asked for.
+Shape suffixes as in ``kernels.step_rows.metadata``.
 """
 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -19,48 +17,9 @@ from torch import Tensor
 
 from engine.step import IntArray, RequestShape
 from engine.upload import upload
+from kernels.step_rows.metadata import StepLayout
 
-ANCHOR = -1
-"""The number in its block of an anchor's row, which stands before mask 0."""
-
-
-@dataclass(frozen=True, slots=True)
-class StepLayout:
-    """Index tensors of one combination of shapes.
-
-    ``row_starts``: where each request's rows begin, and their end; ``device_row_starts`` are the same numbers on the device.
-    ``request_R``: the request (in plan order) of a row. ``clean_R``: whether it is a clean row; ``index_R``: its number within
-    the request. ``rank_R``, ``in_block_R``: for a branch's row, the branch's rank and its own number in the block, ``ANCHOR``
-    before mask 0. ``has_anchor_N``: which requests have anchors. ``prefill_rows``, ``verify_rows_D`` and ``draft_rows`` (all
-    rows of branches) are row numbers. ``verify_request_D``, ``verify_index_D``: the request and the draft number of a verifying
-    row; ``verify_starts``: where each request's begin among them. ``masks_NBK``: where in the logits the masks of a branch
-    stand; without ``first_masks``, mask 0 has none. ``prompt_logits``: where those of the prompt begin. ``logit_rows``: rows
-    that need logits: verifying ones, masks, prompt; None: all rows, in their order.
-    """
-
-    row_starts: tuple[int, ...]
-    device_row_starts: Tensor
-    num_rows: int
-    max_drafts: int
-    max_branches: int
-    max_block: int
-    request_R: Tensor
-    clean_R: Tensor
-    index_R: Tensor
-    rank_R: Tensor
-    in_block_R: Tensor
-    has_anchor_N: Tensor
-    prefill_rows: Tensor
-    verify_rows_D: Tensor
-    verify_request_D: Tensor
-    verify_index_D: Tensor
-    verify_starts: tuple[int, ...]
-    draft_rows: Tensor
-    masks_NBK: Tensor
-    prompt_logits: int
-    logit_rows: Tensor | None
-    num_prefill_N: Tensor
-    block_length_N: Tensor
+__all__ = ["StepLayout", "build_layout"]
 
 
 def build_layout(shapes: IntArray, first_masks: bool, device: torch.device) -> StepLayout:
@@ -99,10 +58,14 @@ def _build_layout(packed_shapes: bytes, first_masks: bool, device: torch.device)
     masks_NBK = torch.zeros((len(shapes), max_branches, max_block), dtype=torch.long)
     places = len(verify_rows_D) + torch.arange(len(mask_rows))
     masks_NBK[request_R[mask_rows], rank_R[mask_rows], in_block_R[mask_rows]] = places
+    starts = (ends_N - num_rows_N, num_rows_N, num_prefill_N.cumsum(0) - num_prefill_N, num_drafts_N.cumsum(0) - num_drafts_N)
+    requests_N8 = torch.stack((*starts, num_prefill_N, num_drafts_N, block_length_N, has_anchor_N), dim=1)
     return StepLayout(
         row_starts=(0, *ends_N.tolist()),
         device_row_starts=upload(torch.nn.functional.pad(ends_N, (1, 0)), device),
+        requests_N8=upload(requests_N8, device),
         num_rows=len(request_R),
+        most_rows=int(num_rows_N.max()),
         max_drafts=max(shape.num_drafts for shape in shapes),
         max_branches=max_branches,
         max_block=max_block,
@@ -119,6 +82,7 @@ def _build_layout(packed_shapes: bytes, first_masks: bool, device: torch.device)
         verify_starts=(0, *num_drafts_N.cumsum(0).tolist()),
         draft_rows=upload(_numbers(~clean_R), device),
         masks_NBK=upload(masks_NBK, device),
+        guess_Q=upload(torch.arange(max_block - 1 if max_branches else 0).repeat(len(shapes)), device),
         prompt_logits=len(verify_rows_D) + len(mask_rows),
         logit_rows=None if torch.equal(logit_rows, torch.arange(len(request_R))) else upload(logit_rows, device),
         num_prefill_N=upload(num_prefill_N, device),

@@ -7,30 +7,34 @@ take a token, V vocabulary, K tokens that a row may take for emitted, W entries 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
 from engine.input_batch import InputBatch, SamplingNeeds
+from kernels.gather import reference
 from kernels.process_logits.metadata import GrammarRows, Penalties, RowSampling
+
+Gather = Callable[[tuple[Tensor, ...], Tensor], tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True, slots=True)
 class Ahead:
-    """What each of Q rows takes for emitted beyond the slot's own tokens: ``num_Q`` tokens, the first of ``tokens_QK``.
+    """What each of Q rows takes for emitted beyond the slot's own tokens: the first ``num_Q`` of its slot's ``tokens_SK``.
 
-    ``tokens_QK`` has no columns where the tokens are not known yet: then penalties do not count them.
+    None where the tokens are not known yet: then penalties do not count them.
     """
 
     num_Q: Tensor
-    tokens_QK: Tensor
+    tokens_SK: Tensor | None
 
 
 class DrawDrafts(Protocol):
     """Draws drafts from the rows ``place`` of logits [R, V]: their tokens and probabilities, [Q] each.
 
-    ``number`` 1 is the first guess of a block.
+    ``guess`` 0 is the first of a block.
     """
 
     def __call__(
@@ -39,28 +43,34 @@ class DrawDrafts(Protocol):
         logits_RV: Tensor,
         place_Q: Tensor,
         slot_Q: Tensor,
-        number_Q: Tensor,
+        guess_Q: Tensor,
         position_Q: Tensor,
         grammar: GrammarRows | None = None,
     ) -> tuple[Tensor, Tensor]: ...
 
 
 def row_sampling(
-    batch: InputBatch, slot_Q: Tensor, needs: SamplingNeeds, ahead: Ahead, grammar: GrammarRows | None = None
+    batch: InputBatch,
+    slot_Q: Tensor,
+    needs: SamplingNeeds,
+    ahead: Ahead,
+    grammar: GrammarRows | None = None,
+    gather: Gather = reference.gather,
 ) -> RowSampling:
     """The parameters of the rows' slots, with what each row takes for emitted."""
-    noisy_Q = slot_Q if needs.noise else slot_Q[:0]
+    columns = (batch.seed_S, batch.temperature_S, batch.top_k_S, batch.top_p_S, batch.min_p_S)
+    seed, temperature, top_k, top_p, min_p = gather(columns, slot_Q) if needs.noise else (column[:0] for column in columns)
     return RowSampling(
         needs,
-        batch.seed_S[noisy_Q],
-        batch.temperature_S[noisy_Q],
-        batch.top_k_S[noisy_Q],
-        batch.top_p_S[noisy_Q],
-        batch.min_p_S[noisy_Q],
+        seed,
+        temperature,
+        top_k,
+        top_p,
+        min_p,
         grammar,
         _banned(batch, slot_Q, ahead) if needs.min_tokens else None,
         (batch.biases.ids_SW[slot_Q], batch.biases.values_SW[slot_Q]) if needs.bias else None,
-        _penalties(batch, slot_Q, ahead) if needs.penalties else None,
+        _penalties(batch, slot_Q, ahead, gather) if needs.penalties else None,
     )
 
 
@@ -71,13 +81,12 @@ def _banned(batch: InputBatch, slot_Q: Tensor, ahead: Ahead) -> tuple[Tensor, Te
     return batch.stops.ids_SW[slot_Q], values_QW
 
 
-def _penalties(batch: InputBatch, slot_Q: Tensor, ahead: Ahead) -> Penalties:
-    counts = batch.counts
+def _penalties(batch: InputBatch, slot_Q: Tensor, ahead: Ahead, gather: Gather) -> Penalties:
+    counts, tokens_SK = batch.counts, ahead.tokens_SK
     assert counts is not None, "a request with penalties made the counts"
+    tokens_QK = slot_Q.new_empty((len(slot_Q), 0)) if tokens_SK is None else tokens_SK[slot_Q]
     return Penalties(
         counts.in_prompt_SV[slot_Q],
-        counts.ahead(slot_Q, ahead.tokens_QK, ahead.num_Q),
-        batch.repetition_S[slot_Q],
-        batch.frequency_S[slot_Q],
-        batch.presence_S[slot_Q],
+        counts.ahead(slot_Q, tokens_QK, ahead.num_Q),
+        *gather((batch.repetition_S, batch.frequency_S, batch.presence_S), slot_Q),
     )

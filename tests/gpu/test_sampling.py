@@ -8,7 +8,7 @@ import torch
 from kernels.backend import triton_kernels
 from kernels.process_logits import reference as process_reference
 from kernels.sampling import reference as sampling_reference
-from tests.kernels.checks import check_noise, check_philox_words, check_verify
+from tests.kernels.checks import check_noise, check_philox_words
 from tests.kernels.sampling_cases import (
     MASK,
     MIXED,
@@ -98,24 +98,14 @@ def test_samples_follow_the_processed_softmax(row, sampler, device):
     check_distribution(sampler, row, device, 50_000)
 
 
-@pytest.mark.parametrize(
-    ("columns", "branches", "block"), [(1, 0, 1), (1, 1, 4), (4, 2, 4), (8, 8, 8), (5, 3, 7), (16, 7, 16), (3, 1, 1), (0, 0, 1)]
-)
-def test_verify(columns, branches, block, device):
-    check_verify(columns, branches, block, device)
-
-
 def test_nothing_waits_for_the_device(device):
     kernels = triton_kernels(8)
     logits, sampling = random_logits(len(MIXED), 151_936, torch.bfloat16, device), sampling_of(MIXED, device)
     place = position = torch.arange(len(MIXED), device=device)
-    drafts = torch.zeros((4, 5), dtype=torch.long, device=device)
-    masks = torch.zeros((4, 3, 5), dtype=torch.long, device=device)
 
     def run() -> None:
         kernels.sample_tokens(logits, None, sampling, position, MASK)
         kernels.sample_drafts(logits, place, sampling, position, MASK, 0.5)
-        kernels.verify(drafts, drafts, drafts[:, 0] + 3, drafts[:, :3], masks)
 
     run()  # compiles
     torch.cuda.synchronize()

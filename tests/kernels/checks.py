@@ -10,7 +10,6 @@ from torch import Tensor
 from kernels.backend import Kernels
 from kernels.philox import reference as philox_reference
 from kernels.rope_kv_write.metadata import RopeMetadata
-from kernels.verify import reference as verify_reference
 from tests.kernels.cases import TOLERANCE
 
 EPS = 1e-5
@@ -216,29 +215,3 @@ def check_noise(device: torch.device) -> None:
     upper = expected > -2
     torch.testing.assert_close(noise.double()[upper], expected[upper], atol=2e-5, rtol=1e-5)
     assert noise[~upper].max() < -1.99
-
-
-def check_verify(columns: int, branches: int, block: int, device: torch.device) -> None:
-    """Requests with any number of drafts, of few different tokens so that many match, and any branches."""
-    from kernels.verify import triton
-
-    num_requests, generator = 40, torch.Generator().manual_seed(columns)
-
-    def integers(low: int, high: int, *shape: int) -> Tensor:
-        return torch.randint(low, high, shape, generator=generator).to(device)
-
-    sampled, drafts = integers(0, 2, num_requests, columns), integers(0, 2, num_requests, columns + 2)[:, :columns]
-    drafts[::3, 1:] = sampled[::3, :-1]
-    order = torch.stack([torch.randperm(max(columns, branches), generator=generator) for _ in range(num_requests)])
-    order = order[:, :branches].to(device)
-    order = torch.where(integers(0, 4, num_requests, branches) == 0, -1, order)
-    held = integers(0, columns + 1, num_requests)
-    masks = integers(0, 1000, num_requests, branches, block)
-    given, expected = (m.verify(sampled, drafts, held, order, masks) for m in (triton, verify_reference))
-    is_some = expected.accepted_N > 0
-    assert torch.equal(given.accepted_N, expected.accepted_N)
-    assert torch.equal(given.last_N[is_some], expected.last_N[is_some])
-    assert torch.equal(given.is_hit_N, expected.is_hit_N)
-    assert torch.equal(given.place_NK, expected.place_NK)
-    if branches > 1:
-        assert len(expected.is_hit_N.unique()) == 2

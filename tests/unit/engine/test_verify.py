@@ -5,8 +5,8 @@ import random
 import pytest
 import torch
 
-from engine.decode.verify import imposed_drafts, rank_branches
-from kernels.verify.reference import num_accepted
+from kernels.survival.reference import rank_branches
+from kernels.verify.reference import imposed_drafts, num_accepted
 
 
 def accepted(sampled: list[int], drafts: list[int], num_drafts: int) -> int:
