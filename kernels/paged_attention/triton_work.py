@@ -34,11 +34,12 @@ MERGE_FIELDS = tl.constexpr(8)
 """int32 fields of a tile that has to be merged: first row, rows of the request, first packed index, place of its first
 partial result, their number; 3 unused."""
 
-_RECORD_FIELDS = 9
+RECORD_FIELDS = tl.constexpr(9)
 """int32 fields of a request, each an array: first row, rows, tiles, tiles up to and with its last, its first item, pieces a
 tile, tokens a piece, its first partial result, its first merge."""
 
-_SCAN = 128
+_REQUESTS, _SCAN = 128, 128
+"""Requests, and keys of a request, that are looked at together: the numbers of a step are no part of what is compiled."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,18 +83,19 @@ def make_work_list(
     long pieces are; otherwise a piece is this many tokens, or, where a program can spare the time, the whole tile.
     """
     num_requests, num_rows, device = len(metadata.prefix_lengths), len(metadata.limit), metadata.limit.device
+    num_records = num_requests + 1
     # What the grid can take for every head. More pieces than twice that never come up when the load decides, see the kernel.
     at_once = max(num_programs // num_kv_heads, 1)
     num_partials = (8 if split_size else 2) * at_once
-    max_tiles = num_requests + 1 + num_rows * group_size // height.block_m
-    requests = max(16, triton.next_power_of_2(num_requests + 1))
+    max_tiles = num_records + num_rows * group_size // height.block_m
 
     def integers(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.int32, device=device)
 
-    records, counts = integers(_RECORD_FIELDS, requests), integers(3)
+    records, counts = integers(RECORD_FIELDS.value, num_records), integers(3)
     items = integers(max_tiles + num_partials, ITEM_FIELDS.value)
-    merges = integers(num_partials // 2, MERGE_FIELDS.value)
+    # The grid of the merge, in every layer: a tile that is merged has two pieces or more.
+    merges = integers(min(num_partials // 2, max_tiles), MERGE_FIELDS.value)
     plan_kernel[(1,)](
         records,
         counts,
@@ -110,7 +112,7 @@ def make_work_list(
         BLOCK_M=height.block_m,
         BLOCK_N=block_n,
         SPLIT_SIZE=split_size,
-        REQUESTS=requests,
+        REQUESTS=_REQUESTS,
     )
     fill_kernel[(max_tiles,)](
         items,
@@ -123,10 +125,24 @@ def make_work_list(
         num_requests,
         GROUP=group_size,
         BLOCK_M=height.block_m,
-        REQUESTS=requests,
+        REQUESTS=_REQUESTS,
         SCAN=_SCAN,
     )
     return WorkList(height.block_m, items, merges, counts, num_partials, num_programs)
+
+
+@triton.jit
+def _tiles_of(request, step, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
+    """``(first row, rows, prefix, tiles)`` of requests. The rows behind the last request are those of one more."""
+    row_starts, prefix_lengths, num_requests, num_rows, least_packed, most_packed = step
+    exists = request < num_requests
+    first_row = tl.load(row_starts + request, mask=request <= num_requests, other=0).to(tl.int32)
+    end_row = tl.load(row_starts + request + 1, mask=exists, other=0).to(tl.int32)
+    end_row = tl.where(request == num_requests, num_rows, end_row)
+    prefix = tl.load(prefix_lengths + request, mask=exists, other=0).to(tl.int32)
+    rows = tl.maximum(end_row - first_row, 0)
+    chosen = (rows * GROUP > least_packed) & (rows * GROUP <= most_packed)
+    return first_row, rows, prefix, tl.where(chosen, tl.cdiv(rows * GROUP, BLOCK_M), 0)
 
 
 @triton.jit(
@@ -157,43 +173,47 @@ def plan_kernel(
     ``T + max(P - T, P / 2)`` items: one round where tiles leave half the machine idle. Tiles that are split have at most
     ``2 W / share <= 2 P`` pieces.
     """
-    request = tl.arange(0, REQUESTS)
-    exists = request < num_requests
-    # The rows behind the last request are those of one more.
-    first_row = tl.load(row_starts + request, mask=request <= num_requests, other=0).to(tl.int32)
-    end_row = tl.load(row_starts + request + 1, mask=exists, other=0).to(tl.int32)
-    end_row = tl.where(request == num_requests, num_rows, end_row)
-    prefix = tl.load(prefix_lengths + request, mask=exists, other=0).to(tl.int32)
-    rows = tl.maximum(end_row - first_row, 0)
-    chosen = (rows * GROUP > least_packed) & (rows * GROUP <= most_packed)
-    tiles = tl.where(chosen, tl.cdiv(rows * GROUP, BLOCK_M), 0)
-    num_tiles = tl.sum(tiles, 0)
-    tokens = tl.sum(tiles.to(tl.int64) * prefix, 0)
+    step = (row_starts, prefix_lengths, num_requests, num_rows, least_packed, most_packed)
+    num_records = num_requests + 1
+    num_tiles = 0
+    tokens = tl.full([], 0, tl.int64)
+    for start in range(0, num_records, REQUESTS):
+        request = start + tl.arange(0, REQUESTS)
+        _, _, prefix, tiles = _tiles_of(request, step, GROUP, BLOCK_M)
+        num_tiles += tl.sum(tiles, 0)
+        tokens += tl.sum(tiles.to(tl.int64) * prefix, 0)
     share = tokens // tl.maximum(tl.maximum(at_once - num_tiles, at_once // 2), 1) + 1
     share = tl.maximum(share, min_split).to(tl.int32)
-    if SPLIT_SIZE:
-        size = tl.full([REQUESTS], SPLIT_SIZE, tl.int32)
-        pieces = tl.where(prefix + rows > share, tl.cdiv(prefix + rows, SPLIT_SIZE), 1)
-    else:
-        size = tl.cdiv(tl.cdiv(prefix, tl.maximum(tl.cdiv(prefix, share), 1)), BLOCK_N) * BLOCK_N
-        pieces = tl.maximum(tl.cdiv(prefix, tl.maximum(size, 1)), 1)
-    partials = tl.where(pieces > 1, tiles * pieces, 0)
-    end_partial = tl.cumsum(partials, 0)
-    pieces = tl.where(end_partial <= num_partials, pieces, 1)
-    merges = tl.where(pieces > 1, tiles, 0)
-    end_tile, end_item, end_merge = tl.cumsum(tiles, 0), tl.cumsum(tiles * pieces, 0), tl.cumsum(merges, 0)
-    field = records + request
-    tl.store(field, first_row)
-    tl.store(field + REQUESTS, rows)
-    tl.store(field + 2 * REQUESTS, tiles)
-    tl.store(field + 3 * REQUESTS, end_tile)
-    tl.store(field + 4 * REQUESTS, end_item - tiles * pieces)
-    tl.store(field + 5 * REQUESTS, pieces)
-    tl.store(field + 6 * REQUESTS, size)
-    tl.store(field + 7 * REQUESTS, end_partial - partials)
-    tl.store(field + 8 * REQUESTS, end_merge - merges)
-    tl.store(counts, tl.sum(tiles * pieces, 0))
-    tl.store(counts + 1, tl.sum(merges, 0))
+
+    first_tile = 0
+    first_item = 0
+    first_partial = 0
+    first_merge = 0
+    for start in range(0, num_records, REQUESTS):
+        request = start + tl.arange(0, REQUESTS)
+        first_row, rows, prefix, tiles = _tiles_of(request, step, GROUP, BLOCK_M)
+        if SPLIT_SIZE:
+            size = tl.full([REQUESTS], SPLIT_SIZE, tl.int32)
+            pieces = tl.where(prefix + rows > share, tl.cdiv(prefix + rows, SPLIT_SIZE), 1)
+        else:
+            size = tl.cdiv(tl.cdiv(prefix, tl.maximum(tl.cdiv(prefix, share), 1)), BLOCK_N) * BLOCK_N
+            pieces = tl.maximum(tl.cdiv(prefix, tl.maximum(size, 1)), 1)
+        partials = tl.where(pieces > 1, tiles * pieces, 0)
+        end_partial = first_partial + tl.cumsum(partials, 0)
+        pieces = tl.where(end_partial <= num_partials, pieces, 1)
+        merges = tl.where(pieces > 1, tiles, 0)
+        end_tile = first_tile + tl.cumsum(tiles, 0)
+        first_items = first_item + tl.cumsum(tiles * pieces, 0) - tiles * pieces
+        first_merges = first_merge + tl.cumsum(merges, 0) - merges
+        record = (first_row, rows, tiles, end_tile, first_items, pieces, size, end_partial - partials, first_merges)
+        for i in tl.static_range(RECORD_FIELDS):
+            tl.store(records + i * num_records + request, record[i], mask=request < num_records)
+        first_tile += tl.sum(tiles, 0)
+        first_item += tl.sum(tiles * pieces, 0)
+        first_partial += tl.sum(partials, 0)
+        first_merge += tl.sum(merges, 0)
+    tl.store(counts, first_item)
+    tl.store(counts + 1, first_merge)
     tl.store(counts + 2, num_tiles)
 
 
@@ -245,16 +265,21 @@ def fill_kernel(
     """
     number = tl.program_id(0)
     if number < tl.load(counts + 2):
-        request = tl.sum((tl.load(records + 3 * REQUESTS + tl.arange(0, REQUESTS)) <= number).to(tl.int32), 0)
+        num_records = num_requests + 1
+        request = 0
+        for start in range(0, num_records, REQUESTS):
+            other = start + tl.arange(0, REQUESTS)
+            end_tile = tl.load(records + 3 * num_records + other, mask=other < num_records, other=_MOST)
+            request += tl.sum((end_tile <= number).to(tl.int32), 0)
         field = records + request
         first_row = tl.load(field)
-        num_rows = tl.load(field + REQUESTS)
-        tiles = tl.load(field + 2 * REQUESTS)
-        tile = number - tl.load(field + 3 * REQUESTS) + tiles
-        first_item = tl.load(field + 4 * REQUESTS)
-        pieces = tl.load(field + 5 * REQUESTS)
-        size = tl.load(field + 6 * REQUESTS)
-        first_partial = tl.load(field + 7 * REQUESTS) + tile * pieces
+        num_rows = tl.load(field + num_records)
+        tiles = tl.load(field + 2 * num_records)
+        tile = number - tl.load(field + 3 * num_records) + tiles
+        first_item = tl.load(field + 4 * num_records)
+        pieces = tl.load(field + 5 * num_records)
+        size = tl.load(field + 6 * num_records)
+        first_partial = tl.load(field + 7 * num_records) + tile * pieces
         first_packed = (tiles - 1 - tile) * BLOCK_M
 
         prefix = 0
@@ -281,7 +306,7 @@ def fill_kernel(
             tl.store(item + 7, tl.where(piece == 0, mask_end, 0))
             tl.store(item + 8, tl.where(pieces > 1, first_partial + piece, -1))
         if pieces > 1:
-            merge = merges + (tl.load(field + 8 * REQUESTS) + tile) * MERGE_FIELDS
+            merge = merges + (tl.load(field + 8 * num_records) + tile) * MERGE_FIELDS
             tl.store(merge, first_row)
             tl.store(merge + 1, num_rows)
             tl.store(merge + 2, first_packed)

@@ -225,7 +225,8 @@ def find_cut(rows: Rows, sampling: RowSampling) -> Cut:
     peaks = torch.empty(grid, dtype=torch.int32, device=device)
     _peaks_kernel[grid](peaks, rows, CHUNKS=grid[1], BLOCK=block, **LAUNCH)
     peak = torch.empty(num_rows, dtype=torch.float32, device=device)
-    threshold, num_ties = torch.empty((2, num_rows), dtype=torch.int32, device=device)
+    # A tensor each: a kernel would be compiled anew where the second half of one begins at no multiple of 16 bytes.
+    threshold, num_ties = (torch.empty(num_rows, dtype=torch.int32, device=device) for _ in range(2))
     kth = _search(rows, sampling.top_k, peaks, peak, threshold, is_mass=False).low[-1] if needs.top_k else None
     min_p = sampling.min_p if needs.min_p else None
     _floor_kernel[(num_rows,)](peak, threshold, sampling.temperature, peaks, min_p, kth, **chunks, **LAUNCH_SMALL)
@@ -241,7 +242,7 @@ def find_cut(rows: Rows, sampling: RowSampling) -> Cut:
 def _search(rows: Rows, wanted: Tensor, peaks: Tensor, peak: Tensor, floor: Tensor, *, is_mass: bool) -> _Search:
     """``peak`` and ``floor`` are read only with ``is_mass``."""
     num_rows, num_chunks = peaks.shape
-    above, target = torch.empty((2, _ROUNDS.value + 1, num_rows), dtype=torch.float32, device=peaks.device)
+    above, target = (torch.empty((_ROUNDS.value + 1, num_rows), dtype=torch.float32, device=peaks.device) for _ in range(2))
     low = torch.empty_like(above, dtype=torch.int32)
     sums = torch.empty((2, num_rows, num_chunks, _CANDIDATES.value), dtype=torch.float32, device=peaks.device)
     search = _Search(low, above, target, sums)

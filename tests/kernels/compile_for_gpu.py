@@ -133,7 +133,7 @@ def compile_attention(few: bool) -> None:
                 assert "FMUL" in machine_code
                 assert "FFMA" not in machine_code, "batch invariance rests on multiplications that stay multiplications"
     for split_size in (0, 1024):
-        constants = {"GROUP": 4, "BLOCK_M": 64, "REQUESTS": 512}
+        constants = {"GROUP": 4, "BLOCK_M": 64, "REQUESTS": attention_work._REQUESTS}
         compile_kernel(attention_work.plan_kernel, constants | {"BLOCK_N": 64, "SPLIT_SIZE": split_size}, 4)
     compile_kernel(attention_work.fill_kernel, constants | {"SCAN": 128}, 4)
 

@@ -36,6 +36,7 @@ BATCHES = {
     "a straggler among many": ([1] * 24, [500] * 23 + [LONG]),
     "prefill beside decode": ([200, 1, 1, 0, 17], [8_192, 4_000, 300, 9, 0]),
     "nothing cached": ([1, 33], [0, 0]),
+    "more than are looked at together": ([1, 2, 20] * 45, [300, 0, 900] * 44 + [300, 0, LONG]),
 }
 
 
