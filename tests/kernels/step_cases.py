@@ -84,14 +84,15 @@ def random_step(case: StepCase, device: torch.device) -> RandomStep:
         return torch.from_numpy(rng.integers(low, high, shape))
 
     probs = torch.from_numpy(rng.choice((0.0, 0.3, 0.5, 0.75, 0.97, 0.9999, 1.0, np.nan), (num_slots, k)))
-    tried = integers(0, 5000, 2, NUM_BINS) / 2
+    # Without outcomes the chances are the probabilities, few of which are different: then branches are equally likely.
+    tried = integers(0, 9000, 2, NUM_BINS) / 2 * (case.seed % 2)
     state = DecodeState(
         block_table_SP=integers(0, 500, num_slots, MAX_PAGES + 40),
         num_computed_S=integers(0, PAGE_SIZE * MAX_PAGES, num_slots),
         num_held_S=integers(0, k + 1, num_slots),
-        wanted_S=integers(0, k + 4, num_slots),
+        wanted_S=integers(0, k + 4, num_slots) * integers(0, 4, num_slots).clamp(max=1),
         drafts_SK=integers(0, 2, num_slots, k),
-        draft_probs_SK=torch.where(integers(0, 2, num_slots, k) == 0, probs, integers(0, 1000, num_slots, k) / 999).float(),
+        draft_probs_SK=torch.where(integers(0, 4, num_slots, k) > 0, probs, integers(0, 1000, num_slots, k) / 999).float(),
         is_diffusion_S=integers(0, 2, num_slots) == (1 if case.diffusion else 2),
         is_decided_SK=(integers(0, 2, num_slots, k) == 1) & case.diffusion,
         block_SK=integers(10, 99, num_slots, k),

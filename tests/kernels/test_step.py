@@ -14,7 +14,7 @@ import torch
 from kernels.backend import triton_kernels
 from tests.kernels.step_cases import StepCase, check_lay_out, check_verify
 
-CASES = [StepCase(seed=seed, **mode) for seed, mode in enumerate(StepCase.MODES)]
+CASES = [StepCase(seed=seed, num_requests=16, **mode) for seed, mode in enumerate(StepCase.MODES)]
 CASES += [replace(case, seed=20 + i, max_drafts=16, num_requests=40) for i, case in enumerate(CASES[3:])]
 CASES += [StepCase(seed=40, max_drafts=1), StepCase(seed=41, num_requests=1), StepCase(seed=42, max_drafts=2)]
 
