@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kernels.linear import packed as packed_linear
 from kernels.linear import reference as linear_reference
-from kernels.linear.choice import ChoiceTable
+from kernels.linear.choice import ChoiceTable, Keep
 from kernels.linear.invariant import InvariantLinear
 from kernels.linear.weight import Weight
 from kernels.paged_attention import invariant as invariant_attention
@@ -28,9 +28,10 @@ from kernels.swiglu import reference as swiglu_reference
 from kernels.verify import reference as verify_reference
 from kernels.verify.reference import Verified
 
-PrepareLinear = Callable[[Sequence[Weight], torch.dtype, int, Callable[[str], None]], ChoiceTable | None]
+PrepareLinear = Callable[[Sequence[Weight], torch.dtype, int, Callable[[str], None], Keep], ChoiceTable | None]
 """Chooses implementations for the model's weights, the type of its rows and the most rows of a step, or checks the one that
-there is; reports progress. Raises ValueError when they do not keep their promise on this machine."""
+there is; reports progress, and may be given what an earlier start has measured. Raises ValueError when they do not keep their
+promise on this machine."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +62,7 @@ class Kernels:
 
 
 def nothing_to_prepare(
-    weights: Sequence[Weight], dtype: torch.dtype, max_rows: int, progress: Callable[[str], None]
+    weights: Sequence[Weight], dtype: torch.dtype, max_rows: int, progress: Callable[[str], None], keep: Keep
 ) -> ChoiceTable | None:
     """Of linear layers that have one implementation for all shapes."""
     return None

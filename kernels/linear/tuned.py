@@ -12,7 +12,7 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
 from kernels.linear import reference, triton
-from kernels.linear.choice import ChoiceTable, LayerShape, Tile, measure
+from kernels.linear.choice import ChoiceTable, Keep, LayerShape, Tile, measure
 from kernels.linear.weight import Weight
 
 _REPLAYS = 5
@@ -31,11 +31,15 @@ class TunedLinear:
         return apply(x, weight, bias, self.table.tile(LayerShape.of(weight), len(x)))
 
     def tune(
-        self, weights: Sequence[Weight], dtype: torch.dtype, max_rows: int, progress: Callable[[str], None]
+        self, weights: Sequence[Weight], dtype: torch.dtype, max_rows: int, progress: Callable[[str], None], keep: Keep
     ) -> ChoiceTable:
         """Measure on the model's own weights, before anything is captured; steps have at most ``max_rows`` rows."""
-        timer = GraphTimer(weights, dtype)
-        self.table = measure(list(timer.weights), max_rows, timer.num_processors, timer, progress)
+
+        def measured() -> ChoiceTable:
+            timer = GraphTimer(weights, dtype)
+            return measure(list(timer.weights), max_rows, timer.num_processors, timer, progress)
+
+        self.table = keep(measured)
         return self.table
 
 

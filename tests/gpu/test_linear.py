@@ -7,6 +7,7 @@ import functools
 import pytest
 import torch
 
+from kernels.linear.choice import measured_anew
 from kernels.linear.weight import quantize
 from tests.kernels.checks import normal
 from tests.kernels.linear_checks import SIZES, check_linear, check_rows_do_not_matter_to_each_other
@@ -69,7 +70,7 @@ def test_the_choice_is_measured_and_computes_what_the_library_does(device):
     dense = [normal(1536, 2048, dtype=dtype, device=device, seed=i) for i in range(4)]
     weights = [*dense, *(quantize(w) for w in dense)]
     linear = TunedLinear()
-    table = linear.tune(weights, dtype, 512, print)
+    table = linear.tune(weights, dtype, 512, print, measured_anew)
     print("\n".join(table.lines()))
     assert table.measurements[0].library_seconds > 0
     for rows in (1, 40, 256, 500):
@@ -84,7 +85,7 @@ def test_a_choice_is_captured_and_replayed(device):
 
     weight = normal(4096, 4096, dtype=torch.bfloat16, device=device)
     linear = TunedLinear()
-    linear.tune([weight], torch.bfloat16, 16, print)
+    linear.tune([weight], torch.bfloat16, 16, print, measured_anew)
     x = normal(16, 4096, dtype=torch.bfloat16, device=device, seed=1)
     expected = linear(x, weight)
     graph = torch.cuda.CUDAGraph()
