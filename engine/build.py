@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 
-from engine.config import ConfigError, DraftAnchor, EngineConfig, Quantization
+from engine.config import ConfigError, DraftAnchor, EngineConfig, Quantization, SchedulerConfig
 from engine.core import EngineCore, launch
 from engine.cuda_graphs import Capture, CudaCapture, StepGraphs
+from engine.decode.auto import GoodputPolicy
 from engine.decode.goodput import CostTable
 from engine.decode.measure import step_timer
 from engine.decode.policy import Drafting, default_mode, policies
@@ -40,7 +41,7 @@ from engine.models.transformer import Transformer
 from engine.page_pool import PagePool
 from engine.sampling_params import DecodingMode, SamplingParams
 from engine.scheduler import Scheduler
-from engine.step import DraftPlan
+from engine.step import DraftPlan, StepPlan
 from engine.validation import check, resolve_block_length, resolve_device, resolve_max_model_len
 from engine.warm_up import capture_steps, follow_goodput, plans_of
 from kernels.backend import select_kernels
@@ -105,10 +106,11 @@ def assemble(
     # Below 1, trust_ar makes the output depend on the plan: then auto stays with one.
     is_auto = config.decode.mode is DecodingMode.AUTO and config.decode.trust_ar == 1.0
     plans = plans_of(table.values(), is_auto)
+    largest = functools.partial(largest_steps, plans, limits.max_num_seqs, limits.max_num_batched_tokens, max_model_len)
     budget = None
     if memory is not None:
         progress("running the largest step")
-        budget = _budget(config, model, decoder, plans, max_model_len, memory, capture is not None)
+        budget = _budget(config, model, decoder, largest, memory, capture is not None)
     kv, runner = _pages(config, model, max_model_len, budget, progress)
     graphs = None
     if capture is not None:
@@ -117,22 +119,11 @@ def assemble(
     configured = table[DecodingMode.AUTO]
     if is_auto and isinstance(configured, Drafting):
         progress("timing draft plans")
-        timer, uncaptured_timer = (
-            step_timer(
-                functools.partial(launch, decoder=decoder, runner=runner, graphs=g),
-                decoder,
-                configured.block_length,
-                kv.pool.num_pages,
-            )
-            for g in (graphs, None)
-        )
-
-        def keep(measure: Callable[[], CostTable]) -> CostTable:
-            more = {"linear layers": str(choices and choices.to_plain()), "captured": str(graphs and graphs.num_captured)}
-            return cache.get("costs", measure, asdict, CostTable.of_plain, **more)
-
-        room = (max_model_len - 1, kv.num_tokens)
-        table[DecodingMode.AUTO] = follow_goodput(configured, timer, uncaptured_timer, graphs, limits, *room, keep)
+        keep = functools.partial(_keep_costs, cache, choices, graphs)
+        table[DecodingMode.AUTO] = _timed_policy(configured, decoder, runner, graphs, kv, limits, max_model_len, keep)
+    if memory is not None:
+        # Requests shall find the memory of the largest step with the allocator, which has given it back since.
+        run_steps(functools.partial(launch, decoder=decoder, runner=runner), decoder, largest())
     scheduler = Scheduler(limits, kv, table, model.config.eos_token_ids, max_model_len)
     depth = int(decoder.batch.device.type == "cuda") if limits.async_depth is None else limits.async_depth
     settings = {
@@ -212,21 +203,15 @@ def _budget(
     config: EngineConfig,
     model: Transformer,
     decoder: TidarDecoder,
-    plans: list[DraftPlan],
-    max_model_len: int,
+    largest: Callable[[], Iterator[StepPlan]],
     memory: DeviceMemory,
     has_graphs: bool,
 ) -> GpuBudget:
-    """What is left for pages. The largest step runs with the null page alone."""
-    limits, weight = config.scheduler, model.embedding
-    cache = KVCache(model.config, 1, config.cache.page_size, weight.dtype, weight.device)
+    """What is left for pages. The largest steps run with the null page alone."""
+    cache = KVCache(model.config, 1, config.cache.page_size, model.embedding.dtype, model.embedding.device)
     start = functools.partial(launch, decoder=decoder, runner=ModelRunner(model, cache))
-
-    def run() -> None:
-        steps = largest_steps(plans, limits.max_num_seqs, limits.max_num_batched_tokens, max_model_len)
-        run_steps(start, decoder, steps)
-
-    return measure_budget(memory, config.cache.gpu_memory_utilization, run, limits.max_num_batched_tokens, has_graphs)
+    utilization, max_rows = config.cache.gpu_memory_utilization, config.scheduler.max_num_batched_tokens
+    return measure_budget(memory, utilization, lambda: run_steps(start, decoder, largest()), max_rows, has_graphs)
 
 
 def _capture(
@@ -237,3 +222,33 @@ def _capture(
         capture_steps(graphs, plans, [needs], max_rows, progress)
     except RuntimeError as error:
         raise ConfigError(f"steps cannot be captured in CUDA graphs ({error}): start with --enforce-eager") from error
+
+
+def _timed_policy(
+    configured: Drafting,
+    decoder: TidarDecoder,
+    runner: ModelRunner,
+    graphs: StepGraphs | None,
+    kv: KVCacheManager,
+    limits: SchedulerConfig,
+    max_model_len: int,
+    keep: Callable[[Callable[[], CostTable]], CostTable],
+) -> GoodputPolicy:
+    """The policy of ``auto``, which knows what steps cost on the path that requests take, and uncaptured ones elsewhere."""
+    timer, uncaptured_timer = (
+        step_timer(
+            functools.partial(launch, decoder=decoder, runner=runner, graphs=g),
+            decoder,
+            configured.block_length,
+            kv.pool.num_pages,
+        )
+        for g in (graphs, None)
+    )
+    return follow_goodput(configured, timer, uncaptured_timer, graphs, limits, max_model_len - 1, kv.num_tokens, keep)
+
+
+def _keep_costs(
+    cache: MeasurementCache, choices: ChoiceTable | None, graphs: StepGraphs | None, measure: Callable[[], CostTable]
+) -> CostTable:
+    more = {"linear layers": str(choices and choices.to_plain()), "captured": str(graphs and graphs.num_captured)}
+    return cache.get("costs", measure, asdict, CostTable.of_plain, **more)
