@@ -86,6 +86,8 @@ def as_api_error(error: Exception, retry_after: int) -> ApiError:
             return overloaded(f"the server is full: {error}", retry_after)
         case EngineDeadError():
             return overloaded(f"the engine is not running: {error}", retry_after, code="engine_unavailable")
+        case HTTPException(status_code=400) if isinstance(error.__cause__, RecursionError):
+            return invalid("the body is nested too deeply to be read; simplify it", code="nested_too_deeply")
         case HTTPException():
             code = _CODES.get(error.status_code, "invalid_request" if error.status_code < 500 else "internal_error")
             kind = "invalid_request_error" if error.status_code < 500 else "server_error"

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
 
 from server.errors import ApiError, invalid
+from server.json_values import parse_json
 from server.protocol import MAX_CHOICES, GenerationFields
 
 MAX_GRAMMAR_CHARS = 262_144
@@ -106,15 +107,11 @@ def _structured_outputs(value: Mapping[str, Any] | None) -> tuple[str, Any] | No
 
 async def json_grammar(schema: Any, param: str, where: str = "the schema") -> str:
     """The grammar of a JSON schema, which may be an object or its text. Raises a 400 that names the place in the schema."""
-    try:
-        schema = json.loads(schema) if isinstance(schema, str) else schema
-        text = json.dumps(schema)
-    except RecursionError:
-        raise _refused(f"{where} is nested too deeply; simplify it", param) from None
-    except ValueError as error:
-        raise invalid(f"{where} is not JSON: {error}", param) from error
+    if isinstance(schema, str):
+        schema = parse_json(schema, where, param)
     if not isinstance(schema, dict):
         raise invalid(f"{where} must be a JSON object", param)
+    text = json.dumps(schema)
     if len(text) > MAX_GRAMMAR_CHARS:
         raise invalid(f"{where} has {len(text)} characters, more than the {MAX_GRAMMAR_CHARS} allowed; simplify it", param)
     grammar, path, problem = await _in_thread(_compile_json, text)

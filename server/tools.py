@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import enum
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Any
 
 from server.errors import invalid, unsupported
 from server.grammar import ANY_OBJECT, json_grammar
+from server.json_values import parse_json
 from server.protocol import ChatCompletionRequest
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
@@ -139,10 +139,8 @@ def parsed_calls(calls: Any, where: str) -> list[dict[str, Any]]:
         function = call.get("function") if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise invalid(f"{where}.tool_calls.{index} must be a function call with a name", "messages")
-        arguments = function.get("arguments")
-        try:
-            value = json.loads(arguments) if isinstance(arguments, str) and arguments else arguments or {}
-        except (ValueError, RecursionError) as error:
-            raise invalid(f"{where}.tool_calls.{index}.function.arguments is not JSON: {error}", "messages") from error
+        value = function.get("arguments") or {}
+        if isinstance(value, str):
+            value = parse_json(value, f"{where}.tool_calls.{index}.function.arguments", "messages")
         parsed.append({**call, "function": {**function, "arguments": value}})
     return parsed

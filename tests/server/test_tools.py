@@ -211,7 +211,8 @@ WRONG = [
         "tools",
         "tools.1.function.parameters cannot be used, at $.properties.a",
     ),
-    ({"tools": [tool(parameters={"properties": {"a": DEEP}})], "tool_choice": "required"}, "tools", "tools.0"),
+    ({"tools": [tool(parameters={"properties": {"a": DEEP}})], "tool_choice": "required"}, "tools", "tools.0 is nested"),
+    ({"tools": [tool(), tool(name="g", parameters={"properties": {"a": DEEP}})]}, "tools", "tools.1 is nested"),
 ]
 
 
@@ -235,7 +236,7 @@ async def test_a_model_whose_calls_nobody_can_read_is_not_offered_tools(make_cli
         assert (await client.post(URL, json=chat(tools=[WEATHER], tool_choice=NAMED))).status_code == 200
 
 
-@pytest.mark.parametrize("arguments", ["{", "[" * 100_000, "not json"])
+@pytest.mark.parametrize("arguments", ["{", "[" * 100_000, '{"a": ' * 101 + "1" + "}" * 101, "not json", '"\\ud800"'])
 async def test_a_wrong_call_in_the_conversation_is_a_400(make_client, tool_tokenizer, arguments):
     call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": arguments}}
     messages = [{"role": "assistant", "tool_calls": [call]}, {"role": "user", "content": "x"}]
