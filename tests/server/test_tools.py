@@ -185,13 +185,58 @@ async def test_response_format_gives_way_to_a_demanded_call(ask):
     assert "city" in request.grammar.source
 
 
+@pytest.mark.parametrize("step", [1, 3, 100])
+async def test_a_model_that_decides_beside_response_format(ask, step, tool_tokenizer):
+    """It calls, or its answer follows the schema: the grammar has both, and the parser tells them apart."""
+    schema = {
+        "type": "object",
+        "properties": {"rain": {"type": "boolean"}},
+        "required": ["rain"],
+        "additionalProperties": False,
+    }
+    fields = {
+        "tools": [WEATHER, TIME],
+        "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}},
+    }
+    message, request = await ask('{"rain": true}', step, **fields)
+    assert (message["content"], message["calls"], message["finish_reason"]) == ('{"rain": true}', [], "stop")
+    for part in ("rain", "city", "time", f"<[{tool_tokenizer.id_of('<tool_call>')}]>"):
+        assert part in request.grammar.source
+    message, _ = await ask(f"{CALL}\n{OTHER_CALL}", step, **fields)
+    assert (message["content"], message["calls"]) == ("", [("weather", ARGUMENTS), ("time", "{}")])
+    assert message["finish_reason"] == "tool_calls"
+
+
+async def test_allowed_tools_are_the_only_ones(ask, tool_tokenizer):
+    for mode, has_grammar in (("auto", False), ("required", True)):
+        _, request = await ask("[]", tools=[WEATHER, TIME], tool_choice=allowed(mode, "time"))
+        prompt = tool_tokenizer.decode(request.prompt_token_ids, skip_special_tokens=False)
+        assert "<|system|>time<|end|>" in prompt
+        assert "weather" not in prompt
+        assert (request.grammar is not None) is has_grammar
+        if has_grammar:
+            assert "city" not in request.grammar.source
+    message, _ = await ask(
+        '[{"name": "time", "parameters": {}}]', tools=[WEATHER, TIME], tool_choice=allowed("required", "time")
+    )
+    assert (message["calls"], message["finish_reason"]) == ([("time", "{}")], "tool_calls")
+
+
 def tool(**changes):
     return {"type": "function", "function": {"name": "f", **changes}}
 
 
+def allowed(mode, *names):
+    tools = [{"type": "function", "function": {"name": name}} for name in names]
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}
+
+
 DEEP = functools.reduce(lambda inner, _: {"type": "array", "items": inner}, range(300), {})
 
+LARGE = [tool(name=f"f{i}", parameters={"properties": {"a": {"enum": ["x" * 3000]}}}) for i in range(100)]
+
 WRONG = [
+    ({"tools": LARGE, "tool_choice": "required"}, "tools", "tools makes a grammar of"),
     ({"tools": [{"type": "custom", "custom": {"name": "f"}}]}, "tools", "tools.0.type"),
     ({"tools": [{"type": "function"}]}, "tools", "tools.0.function"),
     ({"tools": [tool(), tool(name="no spaces")]}, "tools", "tools.1.function.name"),
@@ -204,8 +249,24 @@ WRONG = [
     ({"tools": [tool()], "tool_choice": {"type": "function", "function": "f"}}, "tool_choice", "none, auto, required"),
     ({"tools": [tool()], "tool_choice": {"type": "function", "function": {"name": ["f"]}}}, "tool_choice", "none, auto"),
     ({"tools": [tool()], "tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice", "'g'"),
-    ({"tools": [tool()], "tool_choice": {"type": "allowed_tools"}}, "tool_choice", "none, auto, required"),
-    ({"tools": [tool()], "response_format": {"type": "json_object"}}, "tool_choice", "leaves no room"),
+    ({"tools": [tool()], "tool_choice": {"type": "allowed_tools"}}, "tool_choice", "tool_choice.allowed_tools.mode"),
+    ({"tools": [tool()], "tool_choice": allowed("none", "f")}, "tool_choice", "tool_choice.allowed_tools.mode"),
+    ({"tools": [tool()], "tool_choice": allowed("auto")}, "tool_choice", "tool_choice.allowed_tools.tools must be a list"),
+    ({"tools": [tool()], "tool_choice": allowed("auto", "f", "g")}, "tool_choice", "allowed_tools.tools.1 names 'g'"),
+    ({"tools": [tool()], "tool_choice": allowed("auto", ["f"])}, "tool_choice", "allowed_tools.tools.0 must be a function"),
+    ({"tools": [tool()], "guided_regex": "a+"}, "tool_choice", "only a JSON answer"),
+    ({"tools": [tool()], "guided_choice": ["a"]}, "tool_choice", "only a JSON answer"),
+    ({"tool_choice": allowed("auto", "f")}, "tool_choice", "allowed_tools.tools.0 names 'f'"),
+    (
+        {"tools": [tool(), tool(name="g", parameters={"not": {}})], "response_format": {"type": "json_object"}},
+        "tools",
+        "tools.1.function.parameters cannot be used, at $",
+    ),
+    (
+        {"tools": [tool(), tool(name="g", parameters={"not": {}})], "tool_choice": allowed("required", "g")},
+        "tools",
+        "tools.1.function.parameters cannot be used, at $",
+    ),
     (
         {"tools": [tool(), tool(name="g", parameters={"properties": {"a": {"type": "wrong"}}})], "tool_choice": "required"},
         "tools",
