@@ -5,10 +5,11 @@ from __future__ import annotations
 import functools
 import json
 
+import openai
 import pytest
 
 from engine import Thinking
-from tests.server.conftest import chat, message_of, message_of_whole, sse_data, text_script
+from tests.server.conftest import chat, listening, message_of, message_of_whole, sse_data, text_script
 from tests.server.fake_engine import FakeEngine
 
 pytestmark = pytest.mark.anyio
@@ -135,6 +136,41 @@ async def test_a_call_that_was_cut_off_is_no_finished_call(ask, tool_tokenizer):
     assert message["finish_reason"] == "length"
     assert message["calls"][0][0] == "weather"
     assert ARGUMENTS.startswith(message["calls"][0][1].rstrip("\ufffd"))
+
+
+REQUIRED_TEXT = f'[{{"name": "weather", "parameters": {ARGUMENTS}}}, {{"name": "time", "parameters": {{}}}}]'
+
+
+@pytest.mark.parametrize(("choice", "text"), [("required", REQUIRED_TEXT), (NAMED, ARGUMENTS)])
+async def test_a_demanded_call_that_is_cut_anywhere_is_never_content(make_app, tool_tokenizer, choice, text):
+    """Its arguments are as far as they came; before its name is known there is nothing to tell."""
+    engine = FakeEngine(lambda r: text_script(tool_tokenizer, text))
+    num_tokens = len(tool_tokenizer.encode(text, add_special_tokens=False))
+    fields = {
+        "model": "tidar",
+        "messages": [{"role": "user", "content": "hi"}],
+        "tools": [WEATHER, TIME],
+        "tool_choice": choice,
+    }
+    async with (
+        listening(make_app(engine, words=tool_tokenizer)) as url,
+        openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
+    ):
+        num_named = []
+        for max_tokens in range(1, num_tokens + 1):
+            whole = (await client.chat.completions.create(**fields, max_tokens=max_tokens)).choices[0]
+            calls = [(call.function.name, call.function.arguments) for call in whole.message.tool_calls or ()]
+            stream = await client.chat.completions.create(**fields, max_tokens=max_tokens, stream=True)
+            streamed = message_of([chunk.model_dump() async for chunk in stream])
+            assert (whole.finish_reason, streamed["finish_reason"]) == ("length", "length")
+            assert (whole.message.content or "", streamed["content"]) == ("", "")
+            assert streamed["calls"] == calls
+            for (name, arguments), (full_name, full) in zip(calls, [("weather", ARGUMENTS), ("time", "{}")], strict=False):
+                assert name == full_name
+                assert full.startswith(arguments.rstrip("\ufffd"))
+            num_named.append(len(calls))
+    assert num_named == sorted(num_named)
+    assert set(num_named) == ({0, 1, 2} if choice == "required" else {1})
 
 
 async def test_choices_call_each_for_itself(make_client, tool_tokenizer):
