@@ -13,7 +13,9 @@ from server.parsers import ToolFormat
 from server.parsers.tools import HermesParser, Llama3Parser, MistralParser
 from server.tools import Function, ToolChoice, Tools
 
-COLON, COMMA = (f"/{JSON_OPTIONS[name]}/" for name in ("key_separator", "item_separator"))
+COLON, COMMA = f"/{JSON_OPTIONS['key_separator']}/", f"/{JSON_OPTIONS['item_separator']}/"
+SEMICOLON, NEWLINE = r"/;\x20?/", r'"\n"?'
+"""Terms of lark."""
 
 TokenIdOf = Callable[[str], int | None]
 """The special token that is spelt like a text, if there is one."""
@@ -42,15 +44,15 @@ async def answer_or_calls(answer: str, tools: Tools, written: ToolFormat, id_of:
 def _hermes(tools: Tools, id_of: TokenIdOf) -> str:
     begin, end = _marker(HermesParser.BEGIN_TAG, id_of), _marker(HermesParser.END_TAG, id_of)
     calls = [
-        f'{begin} "\\n"? {_call_object(i, function, "arguments")} "\\n"? {end}' for i, function in enumerate(tools.functions)
+        f"{begin} {NEWLINE} {_call_object(i, function, 'arguments')} {NEWLINE} {end}"
+        for i, function in enumerate(tools.functions)
     ]
-    return f"calls: {_several(tools, _optional(_text(chr(10))))}\n{_rule('call', calls)}"
+    return f"calls: {_several(tools, NEWLINE)}\n{_rule('call', calls)}"
 
 
 def _llama3(tools: Tools, id_of: TokenIdOf) -> str:
     calls = [_call_object(i, function, "parameters") for i, function in enumerate(tools.functions)]
-    tag = _optional(_marker(Llama3Parser.TAG, id_of))
-    return f"calls: {tag} {_several(tools, '/; ?/')}\n{_rule('call', calls)}"
+    return f"calls: {_marker(Llama3Parser.TAG, id_of)}? {_several(tools, SEMICOLON)}\n{_rule('call', calls)}"
 
 
 def _mistral(tools: Tools, id_of: TokenIdOf) -> str:
@@ -61,7 +63,8 @@ def _mistral(tools: Tools, id_of: TokenIdOf) -> str:
     rules = _rule("call", calls)
     if id_of(MistralParser.ARGS) is None:
         return f"calls: {array}\n{rules}"
-    call_id = f"({_marker(MistralParser.CALL_ID, id_of)} /[A-Za-z0-9]{{9}}/)?" if id_of(MistralParser.CALL_ID) else ""
+    has_call_id = id_of(MistralParser.CALL_ID) is not None
+    call_id = f"({_marker(MistralParser.CALL_ID, id_of)} /[A-Za-z0-9]{{9}}/)?" if has_call_id else ""
     args = _marker(MistralParser.ARGS, id_of)
     named = [f"{begin} {_text(function.name)} {call_id} {args} @parameters_{i}" for i, function in enumerate(tools.functions)]
     several = "named" if tools.max_calls == 1 else "named+"
@@ -97,10 +100,6 @@ def _marker(text: str, id_of: TokenIdOf) -> str:
 
 def _text(text: str) -> str:
     return json.dumps(text)
-
-
-def _optional(term: str) -> str:
-    return f"{term}?"
 
 
 async def _with_parameters(start: str, tools: Tools, **others: str) -> str:
