@@ -41,10 +41,10 @@ from engine.models.transformer import Transformer
 from engine.page_pool import PagePool
 from engine.sampling_params import DecodingMode, SamplingParams
 from engine.scheduler import Scheduler
+from engine.self_check import choose_kernels
 from engine.step import DraftPlan, StepPlan
 from engine.validation import check, resolve_block_length, resolve_device, resolve_max_model_len
 from engine.warm_up import capture_steps, follow_goodput, plans_of
-from kernels.backend import select_kernels
 from kernels.linear.choice import ChoiceTable
 
 
@@ -64,10 +64,7 @@ def build_engine_core(config: EngineConfig, progress: Callable[[str], None] = la
         model_config = replace(model_config, quantization=Quantization.AT_LOAD)
     dtype = resolve_dtype(config.dtype, folder, device)
     max_model_len = resolve_max_model_len(config, model_config)
-    try:
-        chosen = select_kernels(config.kernels, device, dtype, model_config.num_kv_heads, config.batch_invariant)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    chosen = choose_kernels(config, device, dtype, model_config, progress)
     progress(f"loading {model_config.architecture} from {folder} as {str(dtype).removeprefix('torch.')} on {device}")
     model = load_model(folder, model_config, dtype, device, progress, chosen)
     eos, tokenizer = model_config.eos_token_ids, Path(config.tokenizer or folder)
@@ -97,7 +94,7 @@ def assemble(
     # Masks of the last block stand beyond the last position that a token can take.
     num_positions = max_model_len + 2 * (block_length or 1)
     model.build_rope(num_positions)
-    cache = MeasurementCache.of(config, model)
+    cache = MeasurementCache.of_device(config, model.embedding.device, model.kernels.name).of_engine(config, model)
     choices = _prepare_linear(model, limits.max_num_batched_tokens, progress, cache)
     decoder = _decoder(config, model, block_length, num_positions)
     tidar = model.config.tidar

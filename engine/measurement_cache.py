@@ -32,27 +32,27 @@ class MeasurementCache:
         self._folder, self._key = folder, dict(key)
 
     @staticmethod
-    def of(config: EngineConfig, model: Transformer) -> MeasurementCache:
-        """That of an engine. A CPU is shared with whatever else runs, so that nothing is kept there unless it is asked for."""
-        device, limits = model.embedding.device, config.scheduler
+    def of_device(config: EngineConfig, device: torch.device, kernels_name: str) -> MeasurementCache:
+        """What depends on nothing but device and code.
+
+        A CPU is shared with whatever else runs, so that nothing is kept there unless it is asked for.
+        """
         if config.cost_cache is not None:
             folder: Path | None = Path(config.cost_cache).expanduser()
         elif device.type == "cuda":
             folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "tidar-server"
         else:
             folder = None
-        numbers = (limits.max_num_seqs, limits.max_num_batched_tokens, config.max_model_len, config.cache.page_size)
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-        return MeasurementCache(
-            folder,
-            {
-                "device": f"{name}, {torch.get_num_threads()} threads",
-                "code": f"torch {torch.__version__}, {_source_hash()}, kernels {model.kernels.name}",
-                "model": f"{model.config} {model.embedding.dtype}",
-                "limits": str(numbers),
-                "plan": str(config.decode),
-            },
-        )
+        code = f"torch {torch.__version__}, {_source_hash()}, kernels {kernels_name}"
+        return MeasurementCache(folder, {"device": f"{name}, {torch.get_num_threads()} threads", "code": code})
+
+    def of_engine(self, config: EngineConfig, model: Transformer) -> MeasurementCache:
+        """What depends on checkpoint and configuration as well."""
+        limits = config.scheduler
+        numbers = (limits.max_num_seqs, limits.max_num_batched_tokens, config.max_model_len, config.cache.page_size)
+        more = {"model": f"{model.config} {model.embedding.dtype}", "limits": str(numbers), "plan": str(config.decode)}
+        return MeasurementCache(self._folder, {**self._key, **more})
 
     def get(
         self,
