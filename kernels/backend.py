@@ -92,8 +92,8 @@ def select_kernels(
     """The implementations for a device. ``choice`` is ``auto``, ``reference`` or ``triton``.
 
     ``auto`` is the reference, with packed linear layers on a CPU; on a GPU the engine asks for ``triton`` where it has passed a
-    check (``engine/self_check.py``). ``batch_invariant``: those whose bits for a row depend on that row and its request alone; on
-    a GPU they are Triton's. Raises ValueError with what to do when the device or dtype cannot be served.
+    check (``engine/self_check.py``). ``batch_invariant``: those whose bits for a row depend on that row and its request alone;
+    on a GPU they are Triton's. Raises ValueError with what to do when the device or dtype cannot be served.
     """
     if choice not in ("auto", "reference", "triton"):
         raise ValueError(f"unknown kernels {choice!r}: use auto, reference or triton")
