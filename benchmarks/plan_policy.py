@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from benchmarks.report import finish, table
 from engine.decode.auto import GoodputPolicy
@@ -29,6 +30,8 @@ from engine.decode.policy import Autoregressive, Drafting, DraftPolicy
 from engine.step import DraftPlan, IntArray
 from engine.step_sizes import REQUEST_BUCKETS, StepSizes
 from engine.warm_up import plans_of
+
+FloatArray = NDArray[np.float64]
 
 BATCHES = (1, 2, 3, 4, 5, 6, 8, 9, 12, 16, 17, 24, 32, 33, 48, 64, 65, 96, 128, 129, 160, 200, 256)
 CHANCES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.902, 0.95)
@@ -56,7 +59,8 @@ COPY_BANDWIDTH, ARITHMETIC = 4.3e12, 790e12
 class Scenario:
     """A table of costs and the engine that it belongs to. ``captured`` is None where steps are not captured.
 
-    ``known`` is what the policy takes the costs to be, if it does not know better.
+    ``known`` is what the policy takes the costs to be, if it does not know better. ``decay``: acceptance of a draft over that
+    of the one before; ``spread``: by which share every other request's acceptance is higher, and that of the rest lower.
     """
 
     name: str
@@ -65,6 +69,14 @@ class Scenario:
     contexts: tuple[float, ...]
     captured: StepSizes | None = None
     known: CostTable | None = None
+    decay: float = 1.0
+    spread: float = 0.0
+
+    def acceptance(self, chance: float, num_requests: int) -> FloatArray:
+        """Of each request and draft, where ``chance`` is that of the first guess, [N, K - 1]."""
+        sides = 1 + self.spread * np.where(np.arange(num_requests) % 2, 1.0, -1.0) * (num_requests > 1)
+        by_position = chance * self.decay ** np.arange(self.block_length - 1)
+        return np.minimum(sides[:, None] * by_position, 0.98)
 
     @property
     def batches(self) -> list[int]:
@@ -89,19 +101,20 @@ class Scenario:
 
 
 class Crowd:
-    """``num_requests`` requests that never end, and follow a policy. Branches are the likeliest under the coin."""
+    """``num_requests`` requests that never end, and follow a policy. Branches are the likeliest under all their coins."""
 
     def __init__(
         self, scenario: Scenario, policy: DraftPolicy, chance: float, num_requests: int, context: float, seed: int = 1
     ) -> None:
-        self._scenario, self._policy, self._chance, self._context = scenario, policy, chance, context
+        self._scenario, self._policy, self._context = scenario, policy, context
         self._rng = np.random.default_rng(seed)
         self.held: IntArray = np.ones(num_requests, dtype=np.int64)
+        self._chances_NK = scenario.acceptance(chance, num_requests)
+        known = certain(self._chances_NK)
         # The place of each number of accepted drafts among the likeliest ones, by the number of drafts.
         self._rank = np.zeros((scenario.block_length + 1, scenario.block_length + 1), dtype=np.int64)
         for n in range(1, scenario.block_length + 1):
-            chances = [(1 - chance) * chance ** (a - 1) for a in range(1, n)] + [chance ** (n - 1)]
-            self._rank[n, np.argsort(-np.array(chances), kind="stable") + 1] = np.arange(n)
+            self._rank[n, np.argsort(-np.array(known.counts(n)), kind="stable") + 1] = np.arange(n)
 
     def run(self, num_steps: int) -> tuple[int, float]:
         """Take so many steps; returns tokens and seconds."""
@@ -117,8 +130,8 @@ class Crowd:
             self._policy.begin_step(len(self.held), self._context)
         plans = self._policy.plans(self.held, np.full_like(self.held, 10_000), bool(self.held.max() > 1))
         num_drafts, num_branches = plans[:, 0], plans[:, 1]
-        runs = self._rng.geometric(1 - self._chance, len(plans))
-        accepted: IntArray = np.minimum(runs, num_drafts)
+        runs = (self._rng.random(self._chances_NK.shape) < self._chances_NK).cumprod(axis=1).sum(axis=1)
+        accepted: IntArray = np.minimum(1 + runs, num_drafts)
         is_hit = self._rank[num_drafts, accepted] < num_branches
         self.held = np.where(is_hit, plans[:, 2], 1)
         if isinstance(self._policy, GoodputPolicy):
@@ -158,7 +171,7 @@ def outcome(scenario: Scenario, chance: float, num_requests: int, context: float
     crowd.run(SETTLING_STEPS)
     steady_tokens, steady_seconds = crowd.run(num_steps)
     places = None if scenario.captured is None else scenario.captured.num_places(num_requests)
-    known = certain(chance, scenario.block_length)
+    known = certain(scenario.acceptance(chance, num_requests))
     promised = {s: goodput(s, known, scenario.costs, num_requests, context, num_places=places) for s in scenario.shapes}
     likely = sorted(promised, key=lambda shape: -promised[shape])[:NUM_LIKELY]
     goodputs = {shape: fixed(shape) for shape in {AR, policy.shape, *likely}}
@@ -167,11 +180,12 @@ def outcome(scenario: Scenario, chance: float, num_requests: int, context: float
     return Outcome(chance, num_requests, context, policy.shape, best, steady, goodputs[AR], goodputs[best], tokens / seconds)
 
 
-def certain(chance: float, block_length: int) -> Acceptance:
-    """What a policy knows after very many outcomes."""
-    acceptance = Acceptance(block_length)
-    for i in range(1, block_length):
-        acceptance._tried[i], acceptance._accepted[i] = 1e9, chance * 1e9
+def certain(chances_NK: FloatArray) -> Acceptance:
+    """What a policy knows of such requests after very many outcomes."""
+    acceptance = Acceptance(chances_NK.shape[1] + 1)
+    survival = chances_NK.cumprod(axis=1).mean(axis=0)
+    for i, (now, before) in enumerate(zip(survival, [1.0, *survival], strict=False), start=1):
+        acceptance._tried[i], acceptance._accepted[i] = 1e9, float(1e9 * now / before)
     return acceptance
 
 
@@ -236,6 +250,8 @@ def scenarios() -> list[Scenario]:
         Scenario("8B, k 16, modelled H200", modelled_8b(counts), 16, contexts),
         Scenario("8B, k 16, modelled H200, captured", large, 16, contexts, sizes),
         Scenario(f"the same, timed with {NOISE:.0%} noise", large, 16, contexts, sizes, known),
+        Scenario("the same, each draft 3% worse than the one before", large, 16, contexts, sizes, decay=0.97),
+        Scenario("the same, requests 10% better and worse", large, 16, contexts, sizes, spread=0.1),
         Scenario("1.5B, k 16, modelled H200, captured", small, 16, contexts, sizes),
     ]
 
