@@ -22,6 +22,7 @@ from kernels.linear.choice import LayerShape, candidates
 from kernels.paged_attention import triton as paged_attention
 from kernels.paged_attention import triton_kernels as attention_kernels
 from kernels.paged_attention import triton_work as attention_work
+from kernels.paged_attention.settings import ATTENTION, INVARIANT, PROCESSOR_REGISTERS, TileSettings
 from kernels.rms_norm import triton as rms_norm
 from kernels.rope_kv_write import triton as rope_kv_write
 from kernels.swiglu import triton as swiglu
@@ -30,9 +31,6 @@ TARGET = GPUTarget("cuda", 90, 32)
 SHARED_MEMORY, PROCESSOR_SHARED_MEMORY = 227 * 1024, 228 * 1024
 """Bytes that one program can use, and that a processor has."""
 
-REGISTERS = 64 * 1024
-"""Registers of a processor."""
-
 ATTENTION_SHAPES = (
     {"HEAD_DIM": 128, "BLOCK_D": 128, "GROUP": 4, "KV_HEADS": 8, "PAGE": 64},
     {"HEAD_DIM": 128, "BLOCK_D": 128, "GROUP": 6, "KV_HEADS": 2, "PAGE": 64},
@@ -40,8 +38,12 @@ ATTENTION_SHAPES = (
     {"HEAD_DIM": 80, "BLOCK_D": 128, "GROUP": 5, "KV_HEADS": 4, "PAGE": 16},
     {"HEAD_DIM": 64, "BLOCK_D": 64, "GROUP": 8, "KV_HEADS": 4, "PAGE": 64},
 )
-ATTENTION_SETTINGS = ((16, 0), (64, 0), (128, 0), (64, 1024))
-"""Tile height, and split size of the batch-invariant setting or 0."""
+ATTENTION_SETTINGS = (
+    *((tile, 0) for tile in ATTENTION.tiles),
+    *((tile, INVARIANT.split_size) for tile in INVARIANT.tiles),
+    (TileSettings(128, block_n=128, num_warps=8, num_stages=2), 0),
+)
+"""Tiles with the split size of the batch-invariant setting or 0: what is launched, and blocks of two pages."""
 
 # Qwen3-8B with everything on, the bundled model, and a head size and group that have to be padded, without a cache.
 ROPE_SIZES = ("HEADS", "KV_HEADS", "HEAD_DIM", "PAGE", "TILE", "HALF", "NORM", "SCALE", "WRITE")
@@ -112,15 +114,21 @@ def inspect(cubin: bytes, *command: str) -> str:
 
 def compile_attention(few: bool) -> None:
     """As many programs must fit a processor as the launch counts on. ``few``: every setting in one shape only."""
-    for number, (block_m, split_size) in enumerate(ATTENTION_SETTINGS):
-        options = {"warps": paged_attention._WARPS[block_m], "enable_fp_fusion": not split_size}
+    for number, (tile, split_size) in enumerate(ATTENTION_SETTINGS):
+        block_m, options = tile.block_m, {"warps": tile.num_warps, "enable_fp_fusion": not split_size}
         for shape in ATTENTION_SHAPES[number : number + 1] if few else ATTENTION_SHAPES:
-            constants = shape | {"BLOCK_M": block_m, "BLOCK_N": 64, "SPLIT_SIZE": split_size}
-            most = paged_attention._MAX_REGISTERS.get(block_m)
-            compiled = compile_kernel(attention_kernels.attention_kernel, constants, maxnreg=most, **options)
+            constants = shape | {"BLOCK_M": block_m, "BLOCK_N": tile.block_n, "SPLIT_SIZE": split_size}
+            compiled = compile_kernel(
+                attention_kernels.attention_kernel,
+                constants,
+                stages=tile.num_stages,
+                maxnreg=tile.max_registers,
+                **options,
+            )
             registers, threads = resources(compiled.asm["cubin"])[0], 32 * options["warps"]
-            fit = min(REGISTERS // (registers * threads), PROCESSOR_SHARED_MEMORY // (compiled.metadata.shared + 1024))
-            assert fit >= paged_attention._PROGRAMS_PER_PROCESSOR[block_m]
+            shared = compiled.metadata.shared + 1024
+            fit = min(PROCESSOR_REGISTERS // (registers * threads), PROCESSOR_SHARED_MEMORY // shared)
+            assert fit >= tile.programs_per_processor
             assert "cp.async" in compiled.asm["ptx"], "loads run ahead of the products"
             assert ("wgmma.mma_async" in compiled.asm["ptx"]) == (block_m >= 64)
             rows = block_m // paged_attention._MERGE_PROGRAMS
