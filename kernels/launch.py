@@ -23,3 +23,10 @@ class BlockSettings:
 
     block: int
     num_warps: int
+
+
+RMS_NORM = WarpSettings(elements_per_warp=256, max_warps=16)
+ROPE_KV_WRITE = WarpSettings(elements_per_warp=256, max_warps=8)
+SWIGLU = BlockSettings(block=1024, num_warps=4)
+LOGITS = BlockSettings(block=4096, num_warps=8)
+"""What a step uses. A block of logits, tokens of a chunk, is smaller where the vocabulary is."""

@@ -18,9 +18,6 @@ from kernels.launch import BlockSettings
 from kernels.process_logits.metadata import RowSampling
 from kernels.process_logits.reference import forbid_and_bias
 
-LOGITS = BlockSettings(block=4096, num_warps=8)
-"""``block``: tokens of a chunk, where the vocabulary has as many."""
-
 LAUNCH_SMALL = {"num_warps": 1, "enable_fp_fusion": False}
 """Of kernels that read a few numbers a row."""
 

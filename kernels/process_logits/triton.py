@@ -21,8 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launch import BlockSettings
-from kernels.logits_rows.triton import LAUNCH_SMALL, LOGITS, Rows, bind_rows, chunks_of, is_wanted, launch_of, processed_tile
+from kernels.launch import LOGITS, BlockSettings
+from kernels.logits_rows.triton import LAUNCH_SMALL, Rows, bind_rows, chunks_of, is_wanted, launch_of, processed_tile
 from kernels.process_logits.metadata import RowSampling
 
 _CANDIDATES = tl.constexpr(16)

@@ -11,9 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launch import WarpSettings
-
-RMS_NORM = WarpSettings(elements_per_warp=256, max_warps=16)
+from kernels.launch import RMS_NORM, WarpSettings
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, settings: WarpSettings = RMS_NORM) -> Tensor:

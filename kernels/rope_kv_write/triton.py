@@ -18,10 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launch import WarpSettings
+from kernels.launch import ROPE_KV_WRITE, WarpSettings
 from kernels.rope_kv_write.metadata import RopeMetadata
-
-ROPE_KV_WRITE = WarpSettings(elements_per_warp=256, max_warps=8)
 
 
 @dataclass(frozen=True, slots=True)

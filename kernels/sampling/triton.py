@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launch import BlockSettings
-from kernels.logits_rows.triton import LAUNCH_SMALL, LOGITS, bind_rows, chunks_of, is_wanted, launch_of, processed_tile
+from kernels.launch import LOGITS, BlockSettings
+from kernels.logits_rows.triton import LAUNCH_SMALL, bind_rows, chunks_of, is_wanted, launch_of, processed_tile
 from kernels.philox.triton import gumbel_tile
 from kernels.process_logits.metadata import RowSampling
 from kernels.process_logits.triton import find_cut, truncated_tile

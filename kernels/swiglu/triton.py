@@ -7,9 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launch import BlockSettings
-
-SWIGLU = BlockSettings(block=1024, num_warps=4)
+from kernels.launch import SWIGLU, BlockSettings
 
 
 def swiglu(gate_up: Tensor, settings: BlockSettings = SWIGLU) -> Tensor:
