@@ -32,7 +32,11 @@ MIN_SPLITS = (64, 128, 256, 512, 1024)
 NORM_SETTINGS = (WarpSettings(128, 32), *(WarpSettings(elements, 16) for elements in (256, 512, 1024, 2048)))
 ROPE_SETTINGS = tuple(WarpSettings(elements, 8) for elements in (64, 128, 256, 512))
 SWIGLU_SETTINGS = tuple(BlockSettings(block, warps) for block in (512, 1024, 2048) for warps in (2, 4, 8))
-LOGITS_SETTINGS = tuple(BlockSettings(block, warps) for block in (1024, 2048, 4096, 8192) for warps in (4, 8, 16))
+LOGITS_SETTINGS = tuple(
+    BlockSettings(block, warps) for block in (1024, 2048, 4096, 8192) for warps in (4, 8, 16) if block <= 1024 * warps
+)
+"""With more than 32 tokens, a thread that makes their noise spills registers."""
+
 
 ENOUGH = 0.97
 """Other settings are worth a change when they need at most this part of the time: less of a gain is noise."""

@@ -153,15 +153,24 @@ def _walk_clean(
     for first in range(begin, end, BLOCK_N):
         position = first + offset
         cached = position < cached_end
-        if PAGE % BLOCK_N == 0 or BLOCK_N == 2 * PAGE:
-            place = tl.where(offset < PAGE, page, second)
-            page, second = _look_up(pages, first + BLOCK_N, cached_end, PAGE, BLOCK_N)
+        # Where the block begins, in the cache or in the step, and a number of strides from there: not two addresses a key.
+        number = offset
+        if PAGE % BLOCK_N == 0:
+            block = page * page_stride + first % PAGE * slot_stride
         else:
-            place = tl.load(pages + position // PAGE, mask=cached, other=0).to(tl.int64)
-        slots = place * page_stride + position % PAGE * slot_stride
-        row = (position - prefix).to(tl.int64)
-        k_pointers = tl.where(cached, k_head + slots, k_step + row * k_row_stride)
-        v_pointers = tl.where(cached, v_head + slots, v_step + row * v_row_stride)
+            if BLOCK_N == 2 * PAGE:
+                place = tl.where(offset < PAGE, page, second)
+            else:
+                place = tl.load(pages + position // PAGE, mask=cached, other=0).to(tl.int64)
+            block = place * page_stride
+            number = tl.where(cached, position % PAGE, offset)
+        if PAGE % BLOCK_N == 0 or BLOCK_N == 2 * PAGE:
+            page, second = _look_up(pages, first + BLOCK_N, cached_end, PAGE, BLOCK_N)
+        row = (first - prefix).to(tl.int64)
+        k_pointers = tl.where(cached, k_head + block, k_step + row * k_row_stride)
+        v_pointers = tl.where(cached, v_head + block, v_step + row * v_row_stride)
+        k_pointers += number * tl.where(cached, slot_stride, k_row_stride)
+        v_pointers += number * tl.where(cached, slot_stride, v_row_stride)
         inside = (position < end)[:, None] & (dim < HEAD_DIM)[None, :]
         k_tile = tl.load(k_pointers[:, None] + dim[None, :], mask=inside, other=0.0)
         v_tile = tl.load(v_pointers[:, None] + dim[None, :], mask=inside, other=0.0)
