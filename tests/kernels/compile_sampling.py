@@ -17,7 +17,7 @@ from kernels.philox import triton as philox
 from kernels.process_logits import triton as process_logits
 from kernels.sampling import triton as sampling
 from kernels.verify import triton as verify
-from tests.kernels.compile_for_gpu import resources
+from tests.kernels.machine_code import resources
 from tests.kernels.sampling_cases import MIXED, Row, constraints, random_logits, sampling_of
 
 VOCAB_SIZE = 151_936

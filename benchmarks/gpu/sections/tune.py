@@ -87,7 +87,7 @@ def _compare_attention(bench: Bench) -> Cells:
 def _cases(bench: Bench) -> Iterator[tuple[Cell, AttentionCase, bool]]:
     """Sizes with their cases, and whether to cut their contexts; those that do not fit the memory are left out."""
     config, where = one_layer(bench.config(MODEL)), bench.pick(WHERE, ((128, 2), (64, 1)))
-    plans = bench.pick(PLANS, (tidar(4, 2), AR))
+    plans = bench.pick(PLANS, (tidar(4, 2), AR, redraft(4)))
     most = max(plan.num_rows for plan in plans)
     rig = attention_rig(bench, config, max(b for _, b in where), max(c for c, _ in where), most)
 
