@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from kernels.paged_attention import reference
+from kernels.paged_attention.settings import AttentionSettings, TileSettings
 from tests.kernels.cases import GRID, TOLERANCE, Case, Request, Shape, attend, build, check, plan
 from tests.kernels.invariance import check_clean_rows, check_company
 
@@ -45,9 +46,14 @@ IN_PIECES = {"min_split": 64, "num_programs": 4096}
 WHOLE = {"min_split": 2**30}
 """A program for every tile."""
 
+WIDE = {"settings": AttentionSettings((TileSettings(16, 128), TileSettings(128, 128, num_warps=8, num_stages=2)))}
+"""Key blocks of 128, which are two pages of 64."""
+
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("options", [{}, IN_PIECES, WHOLE, {"batch_invariant": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, IN_PIECES, WHOLE, WIDE, {"batch_invariant": True}], ids=["default", "pieces", "whole", "wide", "invariant"]
+)
 @pytest.mark.parametrize("name", LARGE)
 def test_large(name, options, dtype, device):
     from kernels.paged_attention import triton

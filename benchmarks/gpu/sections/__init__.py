@@ -15,6 +15,7 @@ from benchmarks.gpu.sections import (
     step,
     streams,
     throughput,
+    tune,
     yardsticks,
 )
 from benchmarks.gpu.sections.base import Section
@@ -25,6 +26,7 @@ SECTIONS: tuple[Section, ...] = tuple(
         checks,
         machine,
         gemm,
+        tune,
         attention,
         elementwise,
         sampling,
