@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.config import ConfigError, EngineConfig, ModelConfig, TidarConfig
+from engine.config import ConfigError, DraftAnchor, EngineConfig, LoraConfig, ModelConfig, TidarConfig
 from engine.self_check import Question, ask, choose_kernels, disagreement
 from kernels.backend import REFERENCE, Kernels, triton_kernels
 from tests.engine.tiny import ARCHITECTURES
@@ -25,6 +25,8 @@ def check(kernels: Kernels, config: ModelConfig = CONFIG, device: torch.device =
 def test_the_references_agree_with_themselves() -> None:
     assert check(REFERENCE) is None
     assert check(REFERENCE, replace(CONFIG, tidar=None)) is None
+    copies = TidarConfig(4, 96, DraftAnchor.COPY, LoraConfig(rank=4, scale=2.0))
+    assert check(REFERENCE, replace(CONFIG, tidar=copies)) is None
     assert disagreement(REFERENCE, CONFIG, torch.bfloat16, CPU, 16) is None
 
 
