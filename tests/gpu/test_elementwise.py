@@ -8,6 +8,7 @@ import torch
 from kernels.backend import REFERENCE, Kernels, triton_kernels
 from kernels.philox.reference import gumbel
 from kernels.rope_kv_write.metadata import RopeMetadata
+from tests.gpu.waiting import no_waiting
 from tests.kernels.checks import (
     EPS,
     NAN,
@@ -92,11 +93,8 @@ def test_nothing_waits_for_the_device(device):
     layer = Layer(triton_kernels(8), 5, device)
     layer.run()  # compiles
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         layer.run()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_a_captured_layer_follows_positions_and_slots(device):

@@ -10,6 +10,7 @@ import torch
 from engine.config import Quantization
 from engine.sampling_params import DecodingMode
 from tests.engine.bundled import PLANS, answers, bundled_engine, count_ties, double_model, question_prompts, requests_for
+from tests.gpu.waiting import no_waiting
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -44,12 +45,9 @@ def test_decode_steps_are_replayed_and_nothing_in_them_waits_for_the_device(kern
     while not all(r.num_output_tokens for r in core.scheduler.running) or len(core.scheduler.running) < 8:
         core.step()
     replayed = core.graphs.num_replays
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         for _ in range(3):
             core.step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert core.graphs.num_replays == replayed + 3
 
 
@@ -59,12 +57,9 @@ def test_an_uncaptured_decode_step_does_not_wait_for_the_device_either():
         core.add(request)
     for _ in range(6):
         core.step()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         for _ in range(3):
             core.step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_a_sampled_batch_with_every_option_is_replayed_and_equals_the_uncaptured_one():

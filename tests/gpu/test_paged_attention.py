@@ -9,6 +9,7 @@ import torch
 
 from kernels.paged_attention import reference
 from kernels.paged_attention.settings import AttentionSettings, TileSettings
+from tests.gpu.waiting import no_waiting
 from tests.kernels.cases import GRID, TOLERANCE, Case, Request, Shape, attend, build, check, plan
 from tests.kernels.invariance import check_clean_rows, check_company
 
@@ -79,11 +80,8 @@ def test_nothing_waits_for_the_device(device):
     case = build(*LARGE["pruned batch"], torch.bfloat16).to(torch.bfloat16, device)
     attend(triton, case)  # compiles
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         out = attend(triton, case)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     check(out, case)
 
 

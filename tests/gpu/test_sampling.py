@@ -8,6 +8,7 @@ import torch
 from kernels.backend import triton_kernels
 from kernels.process_logits import reference as process_reference
 from kernels.sampling import reference as sampling_reference
+from tests.gpu.waiting import no_waiting
 from tests.kernels.checks import check_noise, check_philox_words, check_verify
 from tests.kernels.sampling_cases import (
     MASK,
@@ -119,11 +120,8 @@ def test_nothing_waits_for_the_device(device):
 
     run()  # compiles
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         run()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_a_captured_draw_follows_its_inputs(sampler, device):
