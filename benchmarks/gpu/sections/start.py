@@ -17,10 +17,10 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks.gpu.bench import Bench
-from benchmarks.gpu.engines import PAGE
+from benchmarks.gpu.engines import PAGE, facts
 from benchmarks.gpu.random_model import random_model
 from benchmarks.gpu.record import Cell, Record
-from benchmarks.gpu.sections.base import Cells, Section, attempt, tabulate
+from benchmarks.gpu.sections.base import Cells, Section, attempt, engine_lines, tabulate
 from benchmarks.gpu.sections.throughput import start
 from engine.config import SchedulerConfig
 from engine.kv_cache import page_bytes
@@ -81,6 +81,7 @@ def _messages(bench: Bench, model: str) -> Cells:
     """Seconds between the messages that a start prints, and memory before and after."""
     moments: list[tuple[float, str]] = []
     before, begun = _used(bench), time.perf_counter()
+    capture = bench.capture
     core = start(
         bench,
         model,
@@ -89,6 +90,7 @@ def _messages(bench: Bench, model: str) -> Cells:
         max_rows=SchedulerConfig().max_num_batched_tokens,
         progress=lambda text: moments.append((time.perf_counter(), text)),
         memory=_DryMemory() if bench.is_dry else CudaMemory(bench.device),
+        capture=capture,
     )
     _wait(bench)
     ended = time.perf_counter()
@@ -100,6 +102,7 @@ def _messages(bench: Bench, model: str) -> Cells:
         spent[kind] = spent.get(kind, 0.0) + until - since
     for kind, seconds in spent.items():
         yield {"what": f"after: {kind}", "seconds": seconds}
+    yield facts(core) | capture.figures
     pages = core.info.num_pages
     size = pages * page_bytes(core.runner.model.config, PAGE, bench.dtype)
     yield {"what": f"KV cache of {pages} pages", "bytes": size}
@@ -146,7 +149,7 @@ def show(records: list[Record]) -> str:
         ("host peak grew, GiB", "host GiB", ".2f"),
         ("what", "what", ""),
     )
-    return tabulate(records, columns)
+    return "\n".join([tabulate(records, columns), *engine_lines(records)])
 
 
 SECTION = Section("start", "how long does a start take, and where does the memory go?", run, show, 200.0, per_model=True)

@@ -31,9 +31,10 @@ def run(bench: Bench, model: str) -> Cells:
 
     One engine serves all of them: what bounds a step is a setting of its scheduler alone. A start costs most of the time.
     """
-    longest, rows = bench.size(PROMPT_TOKENS, 200), bench.pick(ROWS, (64, 128))
-    core = start(bench, model, bench.size(NUM_STREAMS, 2) + 2, longest + bench.size(4096, 256), max_rows=max(rows))
-    yield facts(core)
+    longest, rows, capture = bench.size(PROMPT_TOKENS, 200), bench.pick(ROWS, (64, 128)), bench.capture
+    room = longest + bench.size(4096, 256)
+    core = start(bench, model, bench.size(NUM_STREAMS, 2) + 2, room, max_rows=max(rows), capture=capture)
+    yield facts(core) | capture.figures
     limits = core.scheduler.config
     for most in rows:
         core.scheduler.config = dataclasses.replace(limits, max_num_batched_tokens=most)

@@ -78,8 +78,9 @@ def order(batches: Sequence[int], fixed: Sequence[str]) -> Iterator[tuple[int, s
 def _long(bench: Bench, model: str) -> Cells:
     """Many requests from their prompts to their ends, by ``ar``, against the roofline of exactly that work."""
     count, tokens = bench.size(256, 3), bench.size(1024, 32)
-    core = start(bench, model, count, 2 * tokens + PAGE, DecodingMode.AR, bench.size(8192, 256))
-    yield facts(core)
+    capture = bench.capture
+    core = start(bench, model, count, 2 * tokens + PAGE, DecodingMode.AR, bench.size(8192, 256), capture=capture)
+    yield facts(core) | capture.figures
     found: Cell = {"model": model, "name": f"ar, {count} requests of {tokens}/{tokens}", "plan": "ar, long", "batch": count}
 
     def measure() -> Cell:
