@@ -3,6 +3,7 @@
 from benchmarks.gpu.sections import (
     attention,
     checks,
+    checks_all,
     elementwise,
     fp8,
     gemm,
@@ -39,6 +40,7 @@ SECTIONS: tuple[Section, ...] = tuple(
         invariant,
         fp8,
         profile,
+        checks_all,
     )
 )
 """Linear layers come early: what is chosen for them is reused by every engine behind them."""
