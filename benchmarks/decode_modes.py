@@ -66,7 +66,10 @@ def run_transformers(
 
 def plans(quick: bool) -> list[tuple[str, DecodingMode, int | None, int | None]]:
     """(name, mode, block length, branches) of every engine configuration."""
-    found: list[tuple[str, DecodingMode, int | None, int | None]] = [("ar", DecodingMode.AR, None, 1)]
+    found: list[tuple[str, DecodingMode, int | None, int | None]] = [
+        ("ar", DecodingMode.AR, None, 1),
+        ("auto", DecodingMode.AUTO, None, 1),
+    ]
     for k in (8,) if quick else (4, 8):
         found.append((f"linear k={k}", DecodingMode.LINEAR, k, 1))
         for branches in (1, None) if quick else (1, 2, 3, None):

@@ -14,6 +14,10 @@ import torch
 import transformers
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[1]
+
+COMMIT_VARIABLE = "TIDAR_COMMIT"
+"""The commit of a source tree that is a copy without git's history."""
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -25,7 +29,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "commit": _commit(),
+        "commit": commit(),
     }
 
 
@@ -35,10 +39,15 @@ def _cpu_model() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
-def _commit() -> str:
+def commit(root: Path = ROOT) -> str:
+    """What git says of the source tree; else ``TIDAR_COMMIT``, else the file ``COMMIT`` in it: a copy may have no history."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
+    try:
+        found = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=20, check=False).stdout
+    except (OSError, subprocess.TimeoutExpired):  # there may be no git at all
+        found = ""
+    file = root / "COMMIT"
+    return found.strip() or os.environ.get(COMMIT_VARIABLE) or (file.read_text().strip() if file.is_file() else "") or "unknown"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

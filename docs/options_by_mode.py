@@ -103,6 +103,8 @@ STRUCTURE = (
     {"tools": TOOLS, "tool_choice": "required"},
     {"tools": TOOLS, "tool_choice": "required", "parallel_tool_calls": False},
     {"tools": TOOLS, "tool_choice": NAMED},
+    {"tools": TOOLS, "tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [NAMED]}}},
+    {"tools": TOOLS, "tool_choice": "auto", "response_format": {"type": "json_object"}},
 )
 
 NO_EFFECT = (

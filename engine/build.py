@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import functools
-import hashlib
-import os
-import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 
-import kernels
-from engine.config import ConfigError, DecodeConfig, DraftAnchor, EngineConfig, ModelConfig, Quantization
+from engine.config import ConfigError, DraftAnchor, EngineConfig, Quantization, SchedulerConfig
 from engine.core import EngineCore, launch
 from engine.cuda_graphs import Capture, CudaCapture, StepGraphs
-from engine.decode.cost_cache import cached_costs
+from engine.decode.auto import GoodputPolicy
+from engine.decode.goodput import CostTable
 from engine.decode.measure import step_timer
 from engine.decode.policy import Drafting, default_mode, policies
 from engine.decode.tidar import DecoderSettings, TidarDecoder
@@ -24,6 +21,7 @@ from engine.grammar import GrammarCompiler, tokenizer_loader
 from engine.input_batch import InputBatch, SamplingNeeds
 from engine.kv_cache import KVCache, page_bytes
 from engine.kv_cache_manager import KVCacheManager
+from engine.measurement_cache import MeasurementCache
 from engine.memory import (
     CudaMemory,
     DeviceMemory,
@@ -43,9 +41,10 @@ from engine.models.transformer import Transformer
 from engine.page_pool import PagePool
 from engine.sampling_params import DecodingMode, SamplingParams
 from engine.scheduler import Scheduler
-from engine.step import DraftPlan
+from engine.self_check import choose_kernels
+from engine.step import DraftPlan, StepPlan
+from engine.validation import check, resolve_block_length, resolve_device, resolve_max_model_len
 from engine.warm_up import capture_steps, follow_goodput, plans_of
-from kernels.backend import select_kernels
 from kernels.linear.choice import ChoiceTable
 
 
@@ -56,7 +55,7 @@ def build_engine_core(config: EngineConfig, progress: Callable[[str], None] = la
     """
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
-    device = _device(config.device)
+    device = resolve_device(config.device)
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
     folder = resolve_model(config.model, config.revision)
@@ -64,11 +63,8 @@ def build_engine_core(config: EngineConfig, progress: Callable[[str], None] = la
     if config.quantize_fp8 and model_config.quantization is Quantization.NONE:
         model_config = replace(model_config, quantization=Quantization.AT_LOAD)
     dtype = resolve_dtype(config.dtype, folder, device)
-    max_model_len = _max_model_len(config, model_config)
-    try:
-        chosen = select_kernels(config.kernels, device, dtype, model_config.num_kv_heads, config.batch_invariant)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    max_model_len = resolve_max_model_len(config, model_config)
+    chosen = choose_kernels(config, device, dtype, model_config, progress)
     progress(f"loading {model_config.architecture} from {folder} as {str(dtype).removeprefix('torch.')} on {device}")
     model = load_model(folder, model_config, dtype, device, progress, chosen)
     eos, tokenizer = model_config.eos_token_ids, Path(config.tokenizer or folder)
@@ -93,12 +89,13 @@ def assemble(
 
     ``memory``: what the pages have to fit into; None: a CPU's, of which they take a fixed share.
     """
-    block_length, limits = _block_length(config, model.config), config.scheduler
-    _check(config, block_length)
+    block_length, limits = resolve_block_length(config, model.config), config.scheduler
+    check(config, block_length)
     # Masks of the last block stand beyond the last position that a token can take.
     num_positions = max_model_len + 2 * (block_length or 1)
     model.build_rope(num_positions)
-    choices = _prepare_linear(model, limits.max_num_batched_tokens, progress)
+    cache = MeasurementCache.of_device(config, model.embedding.device, model.kernels.name).of_engine(config, model)
+    choices = _prepare_linear(model, limits.max_num_batched_tokens, progress, cache)
     decoder = _decoder(config, model, block_length, num_positions)
     tidar = model.config.tidar
     has_anchor = tidar is not None and tidar.anchor is DraftAnchor.COPY
@@ -106,10 +103,11 @@ def assemble(
     # Below 1, trust_ar makes the output depend on the plan: then auto stays with one.
     is_auto = config.decode.mode is DecodingMode.AUTO and config.decode.trust_ar == 1.0
     plans = plans_of(table.values(), is_auto)
+    largest = functools.partial(largest_steps, plans, limits.max_num_seqs, limits.max_num_batched_tokens, max_model_len)
     budget = None
     if memory is not None:
         progress("running the largest step")
-        budget = _budget(config, model, decoder, plans, max_model_len, memory, capture is not None)
+        budget = _budget(config, model, decoder, largest, memory, capture is not None)
     kv, runner = _pages(config, model, max_model_len, budget, progress)
     graphs = None
     if capture is not None:
@@ -118,13 +116,11 @@ def assemble(
     configured = table[DecodingMode.AUTO]
     if is_auto and isinstance(configured, Drafting):
         progress("timing draft plans")
-        start = functools.partial(launch, decoder=decoder, runner=runner, graphs=graphs)
-        timer = step_timer(start, decoder, configured.block_length, kv.pool.num_pages)
-        limit = (limits.max_num_seqs, limits.max_num_batched_tokens, max_model_len - 1)
-        keep = functools.partial(
-            cached_costs, _cost_folder(config, decoder.batch.device), _cost_key(config, model, graphs, choices)
-        )
-        table[DecodingMode.AUTO] = follow_goodput(configured, timer, graphs, *limit, keep)
+        keep = functools.partial(_keep_costs, cache, choices, graphs)
+        table[DecodingMode.AUTO] = _timed_policy(configured, decoder, runner, graphs, kv, limits, max_model_len, keep)
+    if memory is not None:
+        # Requests shall find the memory of the largest step with the allocator, which has given it back since.
+        run_steps(functools.partial(launch, decoder=decoder, runner=runner), decoder, largest())
     scheduler = Scheduler(limits, kv, table, model.config.eos_token_ids, max_model_len)
     depth = int(decoder.batch.device.type == "cuda") if limits.async_depth is None else limits.async_depth
     settings = {
@@ -188,9 +184,14 @@ def _pages(
     return kv, ModelRunner(model, tensors)
 
 
-def _prepare_linear(model: Transformer, max_rows: int, progress: Callable[[str], None]) -> ChoiceTable | None:
+def _prepare_linear(
+    model: Transformer, max_rows: int, progress: Callable[[str], None], cache: MeasurementCache
+) -> ChoiceTable | None:
+    def keep(measure: Callable[[], ChoiceTable]) -> ChoiceTable:
+        return cache.get("linear", measure, ChoiceTable.to_plain, ChoiceTable.of_plain)
+
     try:
-        return model.kernels.prepare_linear(model.linear_weights(), model.embedding.dtype, max_rows, progress)
+        return model.kernels.prepare_linear(model.linear_weights(), model.embedding.dtype, max_rows, progress, keep)
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
@@ -199,21 +200,15 @@ def _budget(
     config: EngineConfig,
     model: Transformer,
     decoder: TidarDecoder,
-    plans: list[DraftPlan],
-    max_model_len: int,
+    largest: Callable[[], Iterator[StepPlan]],
     memory: DeviceMemory,
     has_graphs: bool,
 ) -> GpuBudget:
-    """What is left for pages. The largest step runs with the null page alone."""
-    limits, weight = config.scheduler, model.embedding
-    cache = KVCache(model.config, 1, config.cache.page_size, weight.dtype, weight.device)
+    """What is left for pages. The largest steps run with the null page alone."""
+    cache = KVCache(model.config, 1, config.cache.page_size, model.embedding.dtype, model.embedding.device)
     start = functools.partial(launch, decoder=decoder, runner=ModelRunner(model, cache))
-
-    def run() -> None:
-        steps = largest_steps(plans, limits.max_num_seqs, limits.max_num_batched_tokens, max_model_len)
-        run_steps(start, decoder, steps)
-
-    return measure_budget(memory, config.cache.gpu_memory_utilization, run, limits.max_num_batched_tokens, has_graphs)
+    utilization, max_rows = config.cache.gpu_memory_utilization, config.scheduler.max_num_batched_tokens
+    return measure_budget(memory, utilization, lambda: run_steps(start, decoder, largest()), max_rows, has_graphs)
 
 
 def _capture(
@@ -226,113 +221,31 @@ def _capture(
         raise ConfigError(f"steps cannot be captured in CUDA graphs ({error}): start with --enforce-eager") from error
 
 
-def _cost_folder(config: EngineConfig, device: torch.device) -> Path | None:
-    """Where measured costs are kept. A CPU is shared with whatever else runs, so that its costs are measured anew."""
-    if config.cost_cache is not None:
-        return Path(config.cost_cache).expanduser()
-    if device.type != "cuda":
-        return None
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "tidar-server"
-
-
-def _cost_key(
-    config: EngineConfig, model: Transformer, graphs: StepGraphs | None, choices: ChoiceTable | None
-) -> dict[str, str]:
-    """What the time of a step depends on."""
-    device, limits = model.embedding.device, config.scheduler
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    return {
-        "device": f"{name}, {torch.get_num_threads()} threads",
-        "code": f"torch {torch.__version__}, {_source_hash()}, kernels {model.kernels.name}, linear layers {choices}",
-        "captured": str(graphs.num_captured) if graphs is not None else "none",
-        "model": f"{model.config} {model.embedding.dtype}",
-        "limits": f"{limits.max_num_seqs} {limits.max_num_batched_tokens} {config.max_model_len} {config.cache.page_size}",
-        "plan": str(config.decode),
-    }
-
-
-def _source_hash() -> str:
-    """Of the engine's and the kernels' source: what a step costs changes with them."""
-    folders = (Path(__file__).parent, Path(kernels.__file__).parent)
-    files = sorted(file for folder in folders for file in folder.rglob("*.py"))
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"unknown device {name!r}: use auto, cpu, cuda or cuda:N") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device {name!r} was asked for, but torch finds no CUDA GPU: use --device cpu")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"device {name!r} was asked for, but the last GPU is cuda:{torch.cuda.device_count() - 1}")
-    if device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"device {name!r} is not supported: use auto, cpu, cuda or cuda:N")
-    return device
-
-
-def _max_model_len(config: EngineConfig, model: ModelConfig) -> int:
-    limit = min(model.max_position, model.sliding_window or model.max_position)
-    wanted = config.max_model_len
-    if wanted is None:
-        return limit
-    if wanted < 2:
-        raise ConfigError(f"max_model_len must be at least 2, got {wanted}")
-    if wanted > limit:
-        reason = "its sliding window" if limit == model.sliding_window else "the positions it was trained for"
-        raise ConfigError(f"max_model_len {wanted} is beyond what this checkpoint can serve ({limit}, {reason}): lower it")
-    return wanted
-
-
-def _block_length(config: EngineConfig, model: ModelConfig) -> int | None:
-    wanted = config.decode.block_length
-    if model.tidar is None:
-        if config.decode.mode not in (DecodingMode.AUTO, DecodingMode.AR):
-            raise ConfigError(
-                f"decoding {config.decode.mode.value!r} needs a TiDAR checkpoint, and this one has no 'tidar' section in its "
-                "config.json: use --decoding ar"
-            )
-        return None
-    if wanted is not None and not 2 <= wanted <= model.tidar.block_length:
-        raise ConfigError(
-            f"block_length {wanted} is not between 2 and {model.tidar.block_length}, the length this checkpoint was trained "
-            "with"
+def _timed_policy(
+    configured: Drafting,
+    decoder: TidarDecoder,
+    runner: ModelRunner,
+    graphs: StepGraphs | None,
+    kv: KVCacheManager,
+    limits: SchedulerConfig,
+    max_model_len: int,
+    keep: Callable[[Callable[[], CostTable]], CostTable],
+) -> GoodputPolicy:
+    """The policy of ``auto``, which knows what steps cost on the path that requests take, and uncaptured ones elsewhere."""
+    timer, uncaptured_timer = (
+        step_timer(
+            functools.partial(launch, decoder=decoder, runner=runner, graphs=g),
+            decoder,
+            configured.block_length,
+            kv.pool.num_pages,
         )
-    return wanted or model.tidar.block_length
+        for g in (graphs, None)
+    )
+    return follow_goodput(configured, timer, uncaptured_timer, graphs, limits, max_model_len - 1, kv.num_tokens, keep)
 
 
-def _check(config: EngineConfig, block_length: int | None) -> None:
-    limits, branches = config.scheduler, config.decode.num_branches
-    if limits.max_num_seqs < 1:
-        raise ConfigError(f"max_num_seqs must be at least 1, got {limits.max_num_seqs}")
-    if limits.max_num_batched_tokens < limits.max_num_seqs:
-        raise ConfigError(
-            f"max_num_batched_tokens ({limits.max_num_batched_tokens}) must be at least max_num_seqs ({limits.max_num_seqs}), "
-            "so that every running request gets a row"
-        )
-    if limits.async_depth not in (None, 0, 1):
-        raise ConfigError(f"async_depth must be 0 or 1, got {limits.async_depth}")
-    if config.cache.page_size < 1:
-        raise ConfigError(f"page_size must be at least 1, got {config.cache.page_size}")
-    if branches is not None and block_length is not None and not 1 <= branches <= block_length:
-        raise ConfigError(f"num_branches {branches} is not between 1 and the block length {block_length}; use 'all' for all")
-    if config.decode.mode is DecodingMode.DIFFUSION and block_length and limits.max_num_batched_tokens < 2 * block_length:
-        raise ConfigError(
-            f"max_num_batched_tokens ({limits.max_num_batched_tokens}) must be at least two blocks ({2 * block_length}) for "
-            "decoding by diffusion"
-        )
-    _check_decode(config.decode, block_length)
-
-
-def _check_decode(decode: DecodeConfig, block_length: int | None) -> None:
-    if not 0.0 <= decode.trust_ar <= 1.0:
-        raise ConfigError(f"trust_ar must be between 0 and 1, got {decode.trust_ar}")
-    if decode.trust_ar < 1.0 and block_length is not None and decode.num_branches not in (None, block_length):
-        raise ConfigError("trust_ar below 1 reads every branch: set num_branches to 'all'")
-    if decode.draft_temperature is not None and not 0.0 <= decode.draft_temperature <= 2.0:
-        raise ConfigError(f"draft_temperature must be between 0 and 2, got {decode.draft_temperature}")
-    if not 0.0 <= decode.diffusion_threshold <= 1.0:
-        raise ConfigError(f"diffusion_threshold must be between 0 and 1, got {decode.diffusion_threshold}")
+def _keep_costs(
+    cache: MeasurementCache, choices: ChoiceTable | None, graphs: StepGraphs | None, measure: Callable[[], CostTable]
+) -> CostTable:
+    more = {"linear layers": str(choices and choices.to_plain()), "captured": str(graphs and graphs.num_captured)}
+    return cache.get("costs", measure, asdict, CostTable.of_plain, **more)

@@ -34,6 +34,11 @@ class KVCacheManager:
         # Of the full pages of each sequence: a page's hash includes that of the page before it.
         self._last_hash = [b""] * num_sequences
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that all pages have room for."""
+        return (self.pool.num_pages - 1) * self.page_size
+
     def pages_for(self, num_tokens: int) -> int:
         """Pages that cover ``num_tokens`` positions."""
         return -(-num_tokens // self.page_size)

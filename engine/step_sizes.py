@@ -16,9 +16,10 @@ from engine.step import DraftPlan, IntArray
 REQUEST_BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 160, 192, 256, 320, 384, 448, 512)
 """Numbers of requests that a step is captured for, below ``max_num_seqs``, which is one too."""
 
-FREE_ROWS, MOST_PADDING = 128, 2
+FREE_ROWS, MOST_PADDING = 256, 2
 """A captured step of up to ``FREE_ROWS`` rows may have any number of padding rows, a larger one ``MOST_PADDING`` times the
-plan's rows at most: rows are free only while the weights have to be streamed anyway."""
+plan's rows at most. Rows are free while the weights have to be streamed anyway, and somewhat beyond that they still cost
+less than launching a step operation by operation."""
 
 
 class StepSize(NamedTuple):

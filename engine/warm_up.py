@@ -6,11 +6,14 @@ operation by operation, and ``auto`` leaves them alone.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 import torch
 
+from engine.config import SchedulerConfig
 from engine.cuda_graphs import ALL_NEEDS, GREEDY, StepGraphs
 from engine.decode.auto import GoodputPolicy
 from engine.decode.goodput import CostTable, plan_shapes
@@ -21,8 +24,8 @@ from engine.step import DraftPlan
 
 MAX_CAPTURE_SECONDS = 60.0
 
-MEASURED_CONTEXT = 1024
-"""Cached tokens at which the cost of attention is timed."""
+MEASURED_CONTEXT = 4096
+"""Most cached tokens of a request at which the cost of attention is timed."""
 
 PLAIN = DraftPlan(1, 0, 1)
 
@@ -55,21 +58,31 @@ def capture_steps(
     progress: Callable[[str], None],
     seconds: float = MAX_CAPTURE_SECONDS,
 ) -> int:
-    """Capture the plans for every bucket of requests, as far as rows and time allow; returns how many were left out.
+    """Capture the plans for every bucket of requests, as far as rows, memory and time allow; returns how many were left out.
 
     ``needs``: what the sampling of the requests to come will mostly need. Every step is captured with them and for greedy
-    decoding, then with all options, which serves every other request.
+    decoding, then with all options, which serves every other request. The step that needs most memory is captured before
+    all others: they share its memory, but a step that needs more than those before it would take its own beside theirs.
     """
-    deadline = time.perf_counter() + seconds
     pairs = [(n, plan) for n in graphs.sizes.buckets for plan in plans]
     sizes = sorted((n * plan.num_rows, n, plan) for n, plan in pairs if n * plan.num_rows <= max_rows)
     first = tuple(dict.fromkeys((GREEDY, *needs)))
     steps = [(n, plan, need) for wanted in (first, (ALL_NEEDS,)) for _, n, plan in sizes for need in wanted]
+    steps = list(dict.fromkeys((steps[-1], *steps)))
+    deadline = math.inf
     for done, (num_requests, plan, need) in enumerate(steps):
-        if time.perf_counter() > deadline:
-            progress(f"{len(steps) - done} of {len(steps)} steps are not captured: {seconds:.0f} s are over")
+        problem = f"{seconds:.0f} s are over" if time.perf_counter() > deadline else None
+        try:
+            if problem is None:
+                graphs.prepare(num_requests, [plan], need)
+        except torch.OutOfMemoryError:
+            problem = "the GPU has no memory left for them"
+        if problem is not None:
+            progress(f"{len(steps) - done} of {len(steps)} steps are not captured: {problem}")
             return len(steps) - done
-        graphs.prepare(num_requests, [plan], need)
+        if done == 0:
+            # It has compiled what the others only launch.
+            deadline = time.perf_counter() + seconds
         if done % 32 == 0:
             progress(f"captured {done} of {len(steps)} steps")
     progress(f"captured all {len(steps)} steps")
@@ -79,15 +92,24 @@ def capture_steps(
 def follow_goodput(
     configured: Drafting,
     timer: StepTimer,
+    uncaptured_timer: StepTimer,
     graphs: StepGraphs | None,
-    max_num_seqs: int,
-    max_rows: int,
+    limits: SchedulerConfig,
     max_context: int,
+    num_tokens: int,
     keep: Callable[[Callable[[], CostTable]], CostTable] = lambda measure: measure(),
 ) -> GoodputPolicy:
-    """Time the draft plans, and return the policy that picks among them. ``keep`` may know the costs from an earlier start."""
+    """Time the draft plans, and return the policy that picks among them. ``keep`` may know the costs from an earlier start.
+
+    ``uncaptured_timer`` times steps that are not replayed. ``max_context``: the most tokens that a request may have in the
+    cache; ``num_tokens``: those that the cache has room for.
+    """
     sizes = None if graphs is None else graphs.sizes
-    counts = powers_of_two(max_num_seqs) if sizes is None else sizes.buckets
-    context = min(max_context, MEASURED_CONTEXT)
-    plan = (configured.block_length, counts, max_rows, context, configured.has_anchor, sizes)
-    return GoodputPolicy(configured, keep(lambda: measure_costs(timer, *plan)), sizes)
+    counts = powers_of_two(limits.max_num_seqs) if sizes is None else sizes.buckets
+    room = (limits.max_num_batched_tokens, min(max_context, MEASURED_CONTEXT), num_tokens)
+
+    def measured() -> CostTable:
+        costs = measure_costs(timer, configured.block_length, counts, *room, configured.has_anchor, sizes)
+        return costs if sizes is None else replace(costs, uncaptured=uncaptured_timer(1, PLAIN, 0))
+
+    return GoodputPolicy(configured, keep(measured), sizes)

@@ -200,8 +200,8 @@ class _Channel:
         self._heartbeat.value = time.monotonic()
 
 
-def run_engine(config: EngineConfig, connection: Connection, heartbeat: c_double, core_factory: str = REAL_CORE) -> None:
-    """Be the engine process: build the core, serve until ``Shutdown``, exit with 1 after a failure.
+def run_engine(config: EngineConfig, connection: Connection, heartbeat: c_double, core_factory: str = REAL_CORE) -> NoReturn:
+    """Be the engine process: build the core, serve until ``Shutdown``, exit with 1 after a failure. Never returns.
 
     ``heartbeat`` is shared memory, in seconds of ``time.monotonic()``. ``core_factory`` names a ``CoreFactory``.
     """
@@ -218,6 +218,7 @@ def run_engine(config: EngineConfig, connection: Connection, heartbeat: c_double
         _serve(core, channel)
     except Exception as error:
         _fail(channel, error, "the engine stopped in a step")
+    _exit(0)
 
 
 def _serve(core: EngineCore, channel: _Channel) -> None:
@@ -266,9 +267,14 @@ def _fail(channel: _Channel, error: Exception, what: str) -> NoReturn:
         traceback.print_exception(error)
         line = f"{what}: {type(error).__name__}: {line} (the traceback is in the log)"
     channel.send(EngineFailed(line))
+    _exit(1)
+
+
+def _exit(status: int) -> NoReturn:
+    """End at once, with everything sent and written: taking torch apart takes a second, and a device may hang in it."""
+    sys.stdout.flush()
     sys.stderr.flush()
-    # Not sys.exit: after a device error, tearing the device down may hang.
-    os._exit(1)
+    os._exit(status)
 
 
 def _is_for_the_user(error: Exception) -> bool:

@@ -14,7 +14,7 @@ from kernels.decode_state import DecodeState
 from kernels.gather import reference as gather_reference
 from kernels.linear import packed as packed_linear
 from kernels.linear import reference as linear_reference
-from kernels.linear.choice import ChoiceTable
+from kernels.linear.choice import ChoiceTable, Keep
 from kernels.linear.invariant import InvariantLinear
 from kernels.linear.weight import Weight
 from kernels.paged_attention import invariant as invariant_attention
@@ -32,9 +32,10 @@ from kernels.swiglu import reference as swiglu_reference
 from kernels.verify import reference as verify_reference
 from kernels.verify.metadata import StepRequests, Verified
 
-PrepareLinear = Callable[[Sequence[Weight], torch.dtype, int, Callable[[str], None]], ChoiceTable | None]
+PrepareLinear = Callable[[Sequence[Weight], torch.dtype, int, Callable[[str], None], Keep], ChoiceTable | None]
 """Chooses implementations for the model's weights, the type of its rows and the most rows of a step, or checks the one that
-there is; reports progress. Raises ValueError when they do not keep their promise on this machine."""
+there is; reports progress, and may be given what an earlier start has measured. Raises ValueError when they do not keep their
+promise on this machine."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +68,7 @@ class Kernels:
 
 
 def nothing_to_prepare(
-    weights: Sequence[Weight], dtype: torch.dtype, max_rows: int, progress: Callable[[str], None]
+    weights: Sequence[Weight], dtype: torch.dtype, max_rows: int, progress: Callable[[str], None], keep: Keep
 ) -> ChoiceTable | None:
     """Of linear layers that have one implementation for all shapes."""
     return None
@@ -98,9 +99,9 @@ def select_kernels(
 ) -> Kernels:
     """The implementations for a device. ``choice`` is ``auto``, ``reference`` or ``triton``.
 
-    ``auto`` is the reference, with packed linear layers on a CPU; the Triton kernels have to be asked for until they are proven
-    on a GPU. ``batch_invariant``: those whose bits for a row depend on that row and its request alone; on a GPU they are
-    Triton's. Raises ValueError with what to do when the device or dtype cannot be served.
+    ``auto`` is the reference, with packed linear layers on a CPU; on a GPU the engine asks for ``triton`` where it has passed a
+    check (``engine/self_check.py``). ``batch_invariant``: those whose bits for a row depend on that row and its request alone;
+    on a GPU they are Triton's. Raises ValueError with what to do when the device or dtype cannot be served.
     """
     if choice not in ("auto", "reference", "triton"):
         raise ValueError(f"unknown kernels {choice!r}: use auto, reference or triton")

@@ -10,19 +10,20 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from engine import MAX_LOGPROBS, GrammarSpec, Thinking
+from server.call_grammar import answer_or_calls, forced_grammar
 from server.chat_writer import ChatWriter
 from server.conversation import conversation_texts, encode_conversation, template_kwargs
 from server.errors import invalid
 from server.fields import refuse_unsupported
 from server.generation import Generation
-from server.grammar import requested_grammar
+from server.grammar import follows_json, requested_grammar
 from server.logprobs import LogprobsWriter
 from server.parsers import ForcedCall, OutputParser, ToolFormat, begins_in_reasoning, build_parser
 from server.planning import Logprobs, answer_options, cache_salt, num_choices, plan_generation
 from server.protocol import ChatCompletionRequest
 from server.services import Services
 from server.streaming import EventStream, JsonAnswer
-from server.tools import ToolChoice, Tools, forced_grammar, requested_tools
+from server.tools import ToolChoice, Tools, requested_tools
 
 PROMPT_TAIL = 32
 """Tokens at the end of a prompt that tell whether it has opened the model's thinking."""
@@ -87,15 +88,17 @@ class Reading:
 
 
 async def read_answer(services: Services, body: ChatCompletionRequest, tools: Tools, prompt: list[int]) -> Reading:
-    """Settle the grammar and the parser. Raises a 400 for what cannot be combined, and for a schema that is wrong."""
-    grammar, forced = await requested_grammar(body), await forced_grammar(tools)
-    if grammar is not None and tools.choice is ToolChoice.AUTO:
-        raise invalid("a constrained answer leaves no room for calls that the model may make or not: send tool_choice "
-                      "'none', 'required' or a function, or leave the constraint out", "tool_choice")  # fmt: skip
+    """Settle the grammar and the parser. Raises a 400 for a schema that is wrong, and for calls that nobody could read."""
+    source, call_format = await requested_grammar(body), _call_format(services, tools)
+    if isinstance(call_format, ForcedCall):
+        source = await forced_grammar(tools)  # a demanded call has no content that response_format could speak of
+    elif source is not None and call_format is not None:
+        if not follows_json(source):
+            raise invalid("only a JSON answer can be told from the calls that the model may make: send tool_choice 'none', "
+                          "'required' or a function, or leave the constraint out", "tool_choice")  # fmt: skip
+        source = await answer_or_calls(source, tools, call_format, services.tokenizer.special_id_of)
     tail = services.tokenizer.decode(prompt[-PROMPT_TAIL:], skip_special_tokens=False)
     is_reasoning = services.reasoning_format is not None and begins_in_reasoning(tail)
-    call_format = _call_format(services, tools)
-    source = forced or grammar  # a demanded call has no content that response_format could speak of
     thinking = thinking_of(services, tail, is_reasoning=is_reasoning)
     if source is not None and is_reasoning and thinking is None:
         raise invalid(f"the prompt opens the model's thinking, and a constraint can only begin where {THINK_END} is one token: "

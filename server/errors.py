@@ -16,6 +16,18 @@ from engine import EngineDeadError, QueueFullError
 MAX_VALIDATION_ERRORS = 10
 MAX_VALIDATION_ERROR_CHARS = 200
 
+ROUTES_OF_V1 = ("chat/completions", "completions", "models")
+
+OTHER_APIS = {
+    "responses": "the Responses API is not served here, and what speaks it can speak chat completions too",
+    "messages": "Anthropic's API is not served here",
+    "messages/count_tokens": "Anthropic's API is not served here, but POST /tokenize counts tokens",
+    "assistants": "the Assistants API is not served here",
+    "threads": "the Assistants API is not served here",
+    "api": "Ollama's API is not served here",
+}
+"""Other ways to talk with a model, by where their paths begin behind /v1."""
+
 _CODES = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}
 
 
@@ -86,6 +98,8 @@ def as_api_error(error: Exception, retry_after: int) -> ApiError:
             return overloaded(f"the server is full: {error}", retry_after)
         case EngineDeadError():
             return overloaded(f"the engine is not running: {error}", retry_after, code="engine_unavailable")
+        case HTTPException(status_code=400) if isinstance(error.__cause__, RecursionError):
+            return invalid("the body is nested too deeply to be read; simplify it", code="nested_too_deeply")
         case HTTPException():
             code = _CODES.get(error.status_code, "invalid_request" if error.status_code < 500 else "internal_error")
             kind = "invalid_request_error" if error.status_code < 500 else "server_error"
@@ -110,10 +124,23 @@ def install_error_handlers(app: FastAPI, retry_after: int) -> None:
 def _routing_error(request: Request, error: HTTPException) -> ApiError:
     path = request.url.path[:200]
     if error.status_code == 404:
-        return ApiError(404, f"there is no {path}; the OpenAI-compatible routes start with /v1", code="not_found")
+        return ApiError(404, f"there is no {path}; {_instead_of(path)}", code="not_found")
     allowed = (error.headers or {}).get("Allow", "another method")
     message = f"{path} does not take {request.method}; use {allowed}"
     return ApiError(405, message, code="method_not_allowed", headers=error.headers)
+
+
+def _instead_of(path: str) -> str:
+    """What to send a request to that came to a path that does not exist."""
+    route = path.strip("/")
+    while route.startswith("v1/"):
+        route = route.removeprefix("v1/")
+    other = OTHER_APIS.get(route) or OTHER_APIS.get(route.partition("/")[0])
+    if other is not None:
+        return f"{other}; send the conversation to POST /v1/chat/completions"
+    if route in ROUTES_OF_V1:
+        return f"the route is /v1/{route}: let the client's base URL end with /v1, once"
+    return f"this server generates text, by {', '.join(f'/v1/{name}' for name in ROUTES_OF_V1)}"
 
 
 def _validation_error(errors: Sequence[Mapping[str, Any]]) -> ApiError:

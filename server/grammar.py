@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
 
 from server.errors import ApiError, invalid
+from server.json_values import parse_json
 from server.protocol import MAX_CHOICES, GenerationFields
 
 MAX_GRAMMAR_CHARS = 262_144
@@ -26,8 +27,13 @@ MAX_LOCATED_CHARS = 1_000_000
 _CHECKING = ThreadPoolExecutor(2, "grammar")
 """Threads of their own: hard grammars wait for each other, and nobody else waits for them."""
 
-# A weak model may else write white space to the end of its context: JSON allows it nearly everywhere.
-JSON_OPTIONS: JsonCompileOptions = {"whitespace_flexible": True, "whitespace_pattern": r"[\x20\x0A\x0D\x09]{0,20}"}
+# JSON allows white space nearly everywhere, and a weak model writes it to the end of its context. One blank behind a colon or
+# a comma is how most JSON on one line is written; indentation has no bound that fits every depth.
+JSON_OPTIONS: JsonCompileOptions = {
+    "whitespace_flexible": False,
+    "key_separator": r":\x20?",
+    "item_separator": r",\x20?",
+}
 
 # llguidance names an option of its own, which no client can set.
 OVERLAP = (
@@ -57,15 +63,15 @@ async def requested_grammar(fields: GenerationFields) -> str | None:
         case "json":
             return await json_grammar(value, param)
         case "regex":
-            return await _checked_text("grammar_from_regex", value, param)
+            return await _text_grammar("grammar_from_regex", value, param)
         case "grammar":
-            return await _checked_text("grammar_from_lark", value, param)
+            return await _text_grammar("grammar_from_lark", value, param)
     if not isinstance(value, list) or not value or not all(isinstance(choice, str) and choice for choice in value):
         raise invalid(f"{param} must be a list of texts that are not empty", param)
     if len(value) > MAX_CHOICES:
         raise invalid(f"{param} has {len(value)} choices, more than the {MAX_CHOICES} allowed", param)
     choices = " | ".join(json.dumps(choice) for choice in value)
-    return await _checked_text("grammar_from_lark", f"start: {choices}", param)
+    return await _text_grammar("grammar_from_lark", f"start: {choices}", param)
 
 
 def _requested(fields: GenerationFields) -> Iterator[tuple[str, tuple[str, Any] | None]]:
@@ -106,15 +112,11 @@ def _structured_outputs(value: Mapping[str, Any] | None) -> tuple[str, Any] | No
 
 async def json_grammar(schema: Any, param: str, where: str = "the schema") -> str:
     """The grammar of a JSON schema, which may be an object or its text. Raises a 400 that names the place in the schema."""
-    try:
-        schema = json.loads(schema) if isinstance(schema, str) else schema
-        text = json.dumps(schema)
-    except RecursionError:
-        raise _refused(f"{where} is nested too deeply; simplify it", param) from None
-    except ValueError as error:
-        raise invalid(f"{where} is not JSON: {error}", param) from error
+    if isinstance(schema, str):
+        schema = parse_json(schema, where, param)
     if not isinstance(schema, dict):
         raise invalid(f"{where} must be a JSON object", param)
+    text = json.dumps(schema)
     if len(text) > MAX_GRAMMAR_CHARS:
         raise invalid(f"{where} has {len(text)} characters, more than the {MAX_GRAMMAR_CHARS} allowed; simplify it", param)
     grammar, path, problem = await _in_thread(_compile_json, text)
@@ -123,15 +125,33 @@ async def json_grammar(schema: Any, param: str, where: str = "the schema") -> st
     return grammar
 
 
-async def _checked_text(constructor: str, text: Any, param: str) -> str:
+async def _text_grammar(constructor: str, text: Any, param: str) -> str:
     if not isinstance(text, str) or not text:
         raise invalid(f"{param} must be a text that is not empty", param)
-    if len(text) > MAX_GRAMMAR_CHARS:
-        raise invalid(f"{param} has {len(text)} characters, more than the {MAX_GRAMMAR_CHARS} allowed", param)
-    grammar, problem = await _in_thread(_compile_text, constructor, text)
+    if constructor == "grammar_from_lark" and text.lstrip().startswith("{"):
+        raise invalid(f"{param} must be a lark grammar; for a JSON schema there is response_format", param)
+    return await checked_grammar(await _in_thread(_constructed, constructor, text), param)
+
+
+async def checked_grammar(grammar: str, param: str) -> str:
+    """The grammar itself. Raises a 400 for one that cannot be used."""
+    if len(grammar) > MAX_GRAMMAR_CHARS:
+        raise invalid(f"{param} makes a grammar of {len(grammar)} characters, more than the {MAX_GRAMMAR_CHARS} allowed", param)
+    problem = await _in_thread(_problem, grammar)
     if problem:
         raise _refused(f"{param} cannot be used: {problem}", param)
     return grammar
+
+
+def follows_json(grammar: str) -> bool:
+    """Whether it is the grammar of a JSON schema."""
+    return grammar.startswith('{"grammars":') and json.loads(grammar)["grammars"][0]["json_schema"] is not None
+
+
+def combined(start: str, parts: Mapping[str, str]) -> str:
+    """One grammar of several: ``start`` is lark, and calls those of JSON schemas ``@name``."""
+    named = [{**json.loads(grammar)["grammars"][0], "name": name} for name, grammar in parts.items()]
+    return json.dumps({"grammars": [{"name": "start", "lark_grammar": start}, *named]})
 
 
 async def _in_thread(check: Callable[..., Checked], *arguments: str) -> Checked:
@@ -150,15 +170,18 @@ def _compile_json(text: str) -> tuple[str, str, str]:
     return grammar, (_locate(schema) if problem else ""), problem
 
 
-@functools.lru_cache(maxsize=64)
-def _compile_text(constructor: str, text: str) -> tuple[str, str]:
+def _constructed(constructor: str, text: str) -> str:
     from llguidance import LLMatcher
 
-    try:
-        grammar: str = getattr(LLMatcher, constructor)(text)
-    except ValueError as error:  # half of a surrogate pair, say
-        return "", _one_line(str(error))
-    return grammar, _one_line(LLMatcher.validate_grammar(grammar))
+    grammar: str = getattr(LLMatcher, constructor)(text)
+    return grammar
+
+
+@functools.lru_cache(maxsize=64)
+def _problem(grammar: str) -> str:
+    from llguidance import LLMatcher
+
+    return _one_line(LLMatcher.validate_grammar(grammar))
 
 
 def _try_schema(schema: Any) -> tuple[str, str]:

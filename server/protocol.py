@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, StrictInt, Tag
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, StrictInt, Tag, model_validator
+
+from server.json_values import check_body
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_TOKEN_IDS = 256
@@ -63,6 +65,14 @@ class _Request(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     model: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_body(cls, body: Any) -> Any:
+        """Before anything looks into the values. Its ApiError is no ValueError, so it goes to the client as it is."""
+        if isinstance(body, dict):
+            check_body(body)
+        return body
 
     @property
     def extra(self) -> dict[str, Any]:

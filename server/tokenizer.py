@@ -70,6 +70,12 @@ class Tokenizer:
         found: int | None = self._tokenizer.get_vocab().get(text)
         return found
 
+    def special_id_of(self, text: str) -> int | None:
+        """The same for what a grammar takes for special: to llguidance, that is every added token of the form ``<...>`` too."""
+        token_id = self.id_of(text)
+        is_tag = token_id in self._added_ids and text.startswith("<") and text.endswith(">")
+        return token_id if token_id in self.special_ids or is_tag else None
+
     def token_bytes(self, token_id: int) -> bytes:
         """What a token adds to a text, which may be a part of a character.
 

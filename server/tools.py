@@ -1,17 +1,19 @@
-"""Tools that a model may call: what the client offers and demands, checked; the grammar of a call that is forced."""
+"""Tools that a model may call: what the client offers and demands, checked."""
 
 from __future__ import annotations
 
 import enum
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from server.errors import invalid, unsupported
-from server.grammar import ANY_OBJECT, json_grammar
+from server.grammar import ANY_OBJECT
+from server.json_values import parse_json
 from server.protocol import ChatCompletionRequest
+
+FUNCTION_EXAMPLE = '{"type": "function", "function": {"name": "..."}}'
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
@@ -26,11 +28,20 @@ class ToolChoice(enum.Enum):
 
 
 @dataclass(frozen=True, slots=True)
+class Function:
+    """One that may be called. ``place`` is that of its tool in the request, for messages; ``parameters`` is a JSON schema."""
+
+    place: str
+    name: str
+    parameters: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
 class Tools:
-    """``offered`` are handed to the chat template as they came; ``parameters`` are the functions' schemas by name."""
+    """``offered`` are handed to the chat template as they came; ``functions`` are those in them."""
 
     offered: tuple[Mapping[str, Any], ...] = ()
-    parameters: tuple[tuple[str, Mapping[str, Any]], ...] = ()
+    functions: tuple[Function, ...] = ()
     choice: ToolChoice = ToolChoice.NONE
     name: str | None = None
     max_calls: int | None = None
@@ -38,18 +49,21 @@ class Tools:
 
 def requested_tools(body: ChatCompletionRequest) -> Tools:
     """The tools of a request. Raises a 400 for what is wrong with them."""
-    offered = body.tools or []
-    functions = tuple(_function(tool, f"tools.{index}") for index, tool in enumerate(offered))
-    names = [name for name, _ in functions]
+    functions = [_function(tool, f"tools.{index}") for index, tool in enumerate(body.tools or ())]
+    names = [function.name for function in functions]
     if len(set(names)) < len(names):
         raise invalid("tools has two functions of one name", "tools")
-    choice, name = _choice(body.tool_choice, names)
+    allowed, mode = _allowed(body.tool_choice, names)
+    choice, name = _choice(mode, names)
     if choice is ToolChoice.NONE:
         return Tools()
-    return Tools(tuple(offered), functions, choice, name, 1 if body.parallel_tool_calls is False else None)
+    # What must not be called is not shown either: nothing else would keep a model that decides from calling it.
+    kept = [(tool, function) for tool, function in zip(body.tools or (), functions, strict=True) if function.name in allowed]
+    max_calls = 1 if body.parallel_tool_calls is False else None
+    return Tools(tuple(tool for tool, _ in kept), tuple(function for _, function in kept), choice, name, max_calls)
 
 
-def _function(tool: Mapping[str, Any], where: str) -> tuple[str, Mapping[str, Any]]:
+def _function(tool: Mapping[str, Any], where: str) -> Function:
     if tool.get("type") != "function":
         raise unsupported(f"{where}.type must be 'function'; other kinds of tools are not supported", "tools")
     function = tool.get("function")
@@ -63,7 +77,31 @@ def _function(tool: Mapping[str, Any], where: str) -> tuple[str, Mapping[str, An
     parameters = {**ANY_OBJECT, **(parameters or {})}
     if parameters["type"] != "object":
         raise invalid(f"{where}.function.parameters.type must be 'object': a call's arguments have names", "tools")
-    return name, parameters
+    return Function(where, name, parameters)
+
+
+def _allowed(value: Any, names: Sequence[str]) -> tuple[Sequence[str], Any]:
+    """The functions that a ``tool_choice`` leaves, and the choice among them."""
+    if not isinstance(value, dict) or value.get("type") != "allowed_tools":
+        return names, value
+    where, allowed = "tool_choice.allowed_tools", value.get("allowed_tools")
+    if not isinstance(allowed, dict) or allowed.get("mode") not in ("auto", "required"):
+        raise invalid(f"{where}.mode must be auto or required", "tool_choice")
+    listed = allowed.get("tools")
+    if not isinstance(listed, list) or not listed:
+        raise invalid(f"{where}.tools must be a list of functions that is not empty", "tool_choice")
+    return [_named_function(tool, f"{where}.tools.{i}", names) for i, tool in enumerate(listed)], allowed["mode"]
+
+
+def _named_function(value: Any, where: str, names: Sequence[str], others: str = "") -> str:
+    """The name in FUNCTION_EXAMPLE's form. Raises a 400 for one that is not among the tools; ``others`` may stand there too."""
+    function = value.get("function") if isinstance(value, dict) and value.get("type") == "function" else None
+    name = function.get("name") if isinstance(function, dict) else None
+    if not isinstance(name, str):
+        raise invalid(f"{where} must be {others}a function such as {FUNCTION_EXAMPLE}", "tool_choice")
+    if name not in names:
+        raise invalid(f"{where} names {name[:64]!r}, which is not among the tools", "tool_choice")
+    return name
 
 
 def _choice(value: Any, names: Sequence[str]) -> tuple[ToolChoice, str | None]:
@@ -77,57 +115,8 @@ def _choice(value: Any, names: Sequence[str]) -> tuple[ToolChoice, str | None]:
         raise invalid("tool_choice needs tools to choose from", "tool_choice")
     if value in ("auto", "required"):
         return ToolChoice(value), None
-    function = value.get("function") if isinstance(value, dict) and value.get("type") == "function" else None
-    name = function.get("name") if isinstance(function, dict) else None
-    if not isinstance(name, str):
-        raise invalid("tool_choice must be none, auto, required or a function such as "
-                      '{"type": "function", "function": {"name": "..."}}', "tool_choice")  # fmt: skip
-    if name not in names:
-        raise invalid(f"tool_choice names {name[:64]!r}, which is not among the tools", "tool_choice")
-    return ToolChoice.NAMED, name
-
-
-async def forced_grammar(tools: Tools) -> str | None:
-    """The grammar of a call that the client demands; None where the model decides. Raises a 400 for a wrong schema.
-
-    A named function is answered by its arguments alone, ``required`` by an array of ``{"name", "parameters"}``.
-    """
-    if tools.choice not in (ToolChoice.NAMED, ToolChoice.REQUIRED):
-        return None
-    for index, (name, parameters) in enumerate(tools.parameters):
-        if tools.choice is ToolChoice.REQUIRED or name == tools.name:
-            grammar = await json_grammar(parameters, "tools", f"tools.{index}.function.parameters")
-    if tools.choice is ToolChoice.NAMED:
-        return grammar
-    calls = [
-        {
-            "type": "object",
-            "properties": {
-                "name": {"const": name},
-                "parameters": _moved(parameters, f"#/items/anyOf/{i}/properties/parameters"),
-            },
-            "required": ["name", "parameters"],
-            "additionalProperties": False,
-        }
-        for i, (name, parameters) in enumerate(tools.parameters)
-    ]
-    schema: dict[str, Any] = {"type": "array", "minItems": 1, "items": {"anyOf": calls}}
-    if tools.max_calls is not None:
-        schema["maxItems"] = tools.max_calls
-    return await json_grammar(schema, "tools", "the schema of the calls")
-
-
-def _moved(schema: Any, place: str) -> Any:
-    """A schema that has become a part of another: its references start from its new place."""
-    if isinstance(schema, list):
-        return [_moved(child, place) for child in schema]
-    if not isinstance(schema, dict):
-        return schema
-    moved = {key: _moved(child, place) for key, child in schema.items()}
-    reference = moved.get("$ref")
-    if isinstance(reference, str) and reference.startswith("#"):
-        moved["$ref"] = place + reference[1:]
-    return moved
+    others = "none, auto, required, allowed_tools or "
+    return ToolChoice.NAMED, _named_function(value, "tool_choice", names, others)
 
 
 def parsed_calls(calls: Any, where: str) -> list[dict[str, Any]]:
@@ -139,10 +128,8 @@ def parsed_calls(calls: Any, where: str) -> list[dict[str, Any]]:
         function = call.get("function") if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise invalid(f"{where}.tool_calls.{index} must be a function call with a name", "messages")
-        arguments = function.get("arguments")
-        try:
-            value = json.loads(arguments) if isinstance(arguments, str) and arguments else arguments or {}
-        except (ValueError, RecursionError) as error:
-            raise invalid(f"{where}.tool_calls.{index}.function.arguments is not JSON: {error}", "messages") from error
+        value = function.get("arguments") or {}
+        if isinstance(value, str):
+            value = parse_json(value, f"{where}.tool_calls.{index}.function.arguments", "messages")
         parsed.append({**call, "function": {**function, "arguments": value}})
     return parsed

@@ -23,14 +23,19 @@ Runs = dict[str, Callable[[int], Tensor]]
 """Ways to attend by name; each takes the number of a layer. A name that ends in ``no mask`` computes something else."""
 
 
-def flashinfer_runs(case: AttentionCase) -> Runs:
-    """Raises ImportError without FlashInfer."""
-    flashinfer = importlib.import_module("flashinfer")
-    return {
-        "flashinfer, custom mask": _masked(flashinfer, case),
-        "flashinfer, prefix + step + merge": _merged(flashinfer, case),
-        "flashinfer, causal, no mask": _causal(flashinfer, case),
-    }
+def masked(case: AttentionCase) -> Runs:
+    """FlashInfer's kernel with a mask of one bit a pair. Raises ImportError without FlashInfer, as the next two do."""
+    return {"flashinfer, custom mask": _masked(importlib.import_module("flashinfer"), case)}
+
+
+def merged(case: AttentionCase) -> Runs:
+    """The prefix without a mask, the step with one, merged."""
+    return {"flashinfer, prefix + step + merge": _merged(importlib.import_module("flashinfer"), case)}
+
+
+def causal(case: AttentionCase) -> Runs:
+    """What FlashInfer reaches without such a mask."""
+    return {"flashinfer, causal, no mask": _causal(importlib.import_module("flashinfer"), case)}
 
 
 def _paged(flashinfer: Any, case: AttentionCase, tokens: int, backend: str, **mask: Any) -> Any:

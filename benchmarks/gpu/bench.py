@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -12,7 +15,7 @@ import torch
 
 from benchmarks.gpu import record
 from benchmarks.gpu.shapes import ACCEPTANCE, MODELS, TINY
-from benchmarks.gpu.timing import kernel_ms, recorder_and_timer
+from benchmarks.gpu.timing import MeteredCapture, kernel_ms, recorder, timer
 from engine.config import ModelConfig
 from kernels.backend import Kernels, select_kernels
 from kernels.linear.choice import ChoiceTable, LayerShape, Measurement, Tile
@@ -36,7 +39,22 @@ class Bench:
         self.out, self.is_dry, self.peers = out, is_dry, peers
         self.device = torch.device("cpu" if is_dry else "cuda")
         self.dtype = torch.float32 if is_dry else torch.bfloat16
-        self.capture, self.timer = recorder_and_timer(self.device)
+        self.timer = timer(self.device)
+        self.deadline = math.inf
+        """When the part that runs now is cut, by ``time.perf_counter``."""
+
+    @property
+    def seconds_left(self) -> float:
+        """Of the part that runs now."""
+        return self.deadline - time.perf_counter()
+
+    @property
+    def capture(self) -> MeteredCapture:
+        """A recorder, always a new one: each engine has a pool of memory of its own for its graphs, which ends with them.
+
+        Torch cannot reopen a pool whose graphs are gone.
+        """
+        return MeteredCapture(self.device, recorder(self.device))
 
     def pick(self, full: Sequence[Any], tiny: Sequence[Any]) -> Sequence[Any]:
         """A list of sizes, or what a dry run has in its place."""
@@ -85,9 +103,9 @@ class Bench:
     def ceilings(self) -> Ceilings:
         """Those that the section on the machine has measured on this kind of device, or measured now."""
         found = record.read(self.out, "machine")
-        if found is None or found.machine.get("device") != self.device_name or found.status != "done":
-            return self.measure_ceilings()
-        return Ceilings(*(next(c[key] for c in found.cells if key in c) for key in ("bytes_per_second", "flops_per_second")))
+        known = found.cells if found is not None and found.machine.get("device") == self.device_name else []
+        values = [next((c[key] for c in known if key in c), None) for key in ("bytes_per_second", "flops_per_second")]
+        return self.measure_ceilings() if None in values else Ceilings(*values)
 
     def measure_ceilings(self) -> Ceilings:
         """Copy a buffer far larger than the L2 cache, counting what is read and written; multiply two square matrices."""
@@ -110,6 +128,7 @@ class Bench:
 
     def release(self) -> None:
         """Give memory of what is gone back to the device."""
+        gc.collect()  # an engine's parts refer to each other
         if self.device.type == "cuda":
             torch.cuda.synchronize()
             torch.cuda.empty_cache()

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 
 from benchmarks.bundled import MODEL
 from benchmarks.gpu.bench import Bench
+from benchmarks.gpu.record import Cell
 from engine.build import assemble
 from engine.config import CacheConfig, DecodeConfig, EngineConfig, ModelConfig, SchedulerConfig
 from engine.core import EngineCore, launch
@@ -113,6 +115,19 @@ def build_core(
     return core
 
 
+def facts(core: EngineCore) -> Cell:
+    """What an engine is made of: the implementation of every operation, and what it says of itself."""
+    kernels = core.runner.model.kernels
+    operations = {}
+    for field in fields(kernels):
+        value = getattr(kernels, field.name)
+        function = value.func if isinstance(value, functools.partial) else value
+        if callable(function):
+            kind = function if hasattr(function, "__qualname__") else type(function)
+            operations[field.name] = f"{kind.__module__}.{kind.__qualname__}"
+    return {"engine": {"kernels": kernels.name, "operations": operations, "settings": dict(core.info.settings)}}
+
+
 class StepRig:
     """Steps of requests that do not exist, each with pages of its own, as in ``engine.decode.measure``.
 
@@ -124,8 +139,8 @@ class StepRig:
         """``options`` are further fields of the engine's configuration."""
         self.bench, self.max_model_len = bench, limits.max_model_len
         config = replace(engine_config(bench, model.config, limits, DecodeConfig(DecodingMode.TIDAR)), **(options or {}))
-        self.core = build_core(config, model, limits.max_model_len)
-        self.graphs = StepGraphs(self.core.decoder, self.core.runner, bench.capture, limits.max_model_len)
+        self.core, self.capture = build_core(config, model, limits.max_model_len), bench.capture
+        self.graphs = StepGraphs(self.core.decoder, self.core.runner, self.capture, limits.max_model_len)
 
     def has_own_pages(self, num_requests: int, context: int) -> bool:
         """Whether no page is used twice."""

@@ -1,4 +1,4 @@
-"""The files of a run: one JSON a part, written after every cell, and all of them in one file that alone is enough to go on.
+"""The file of a run: what every part has found, written after every cell; it alone is enough to go on with.
 
 Writing is atomic: a reader finds the file of before or the whole new one. A part that was killed leaves what it had.
 """
@@ -6,7 +6,6 @@ Writing is atomic: a reader finds the file of before or the whole new one. A par
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from dataclasses import asdict, dataclass, field
@@ -17,7 +16,7 @@ import torch
 
 from benchmarks.report import machine
 
-ALL = "results.json"
+FILE = "results.json"
 
 Cell = dict[str, Any]
 """One line of a result: what was measured, under which names, in plain numbers and strings."""
@@ -25,13 +24,17 @@ Cell = dict[str, Any]
 
 @dataclass(slots=True)
 class Record:
-    """What a part has found. ``status``: ``running``, ``done``, ``cut`` (its time was over) or ``failed`` (see ``error``)."""
+    """What a part has found. ``status``: ``running``, ``done``, ``cut`` (its time was over) or ``failed`` (see ``error``).
+
+    ``bound``: the seconds that it was given, which may be fewer than its section wants.
+    """
 
     section: str
     part: str
     status: str = "running"
     error: str | None = None
     seconds: float = 0.0
+    bound: float = 0.0
     warnings: list[str] = field(default_factory=list)
     command: str = ""
     machine: dict[str, Any] = field(default_factory=dict)
@@ -39,52 +42,38 @@ class Record:
 
     @property
     def name(self) -> str:
-        """Of the file."""
+        """The section's, and the part's behind it."""
         return f"{self.section}.{self.part}".rstrip(".")
-
-
-def path_of(out: Path, name: str) -> Path:
-    """The file of a part."""
-    return out / f"{name}.json"
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a file at once."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial = path.with_name(f".{path.name}.partial")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
 
 
-def write(out: Path, record: Record) -> None:
-    """Write a part's file."""
-    write_text(path_of(out, record.name), json.dumps(asdict(record), indent=1) + "\n")
+def read_all(out: Path) -> dict[str, Record]:
+    """All records by name."""
+    return {name: Record(**values) for name, values in _parts(out).items()}
 
 
 def read(out: Path, name: str) -> Record | None:
     """A part's record, None where there is none."""
-    path = path_of(out, name)
-    return Record(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
+    values = _parts(out).get(name)
+    return None if values is None else Record(**values)
 
 
-def read_all(out: Path) -> dict[str, Record]:
-    """All records by name."""
-    names = sorted(path.stem for path in out.glob("*.json") if path.name != ALL)
-    return {name: record for name in names if (record := read(out, name)) is not None}
+def write(out: Path, record: Record) -> None:
+    """Write a part's record among the others. Parts run one after the other, so that nobody else writes meanwhile."""
+    parts = _parts(out) | {record.name: asdict(record)}
+    write_text(out / FILE, json.dumps({"benchmark": "gpu", "parts": dict(sorted(parts.items()))}) + "\n")
 
 
-def bundle(out: Path) -> None:
-    """Gather all parts in one file."""
-    records = {name: asdict(record) for name, record in read_all(out).items()}
-    write_text(out / ALL, json.dumps({"benchmark": "gpu", "parts": records}) + "\n")
-
-
-def unbundle(out: Path) -> None:
-    """Write the parts of the gathered file that have no file of their own: those of a run on another machine."""
-    if (out / ALL).exists():
-        for name, values in json.loads((out / ALL).read_text(encoding="utf-8"))["parts"].items():
-            if not path_of(out, name).exists():
-                write(out, Record(**values))
+def _parts(out: Path) -> dict[str, dict[str, Any]]:
+    path = out / FILE
+    return dict(json.loads(path.read_text(encoding="utf-8"))["parts"]) if path.exists() else {}
 
 
 def provenance(device: torch.device) -> dict[str, Any]:

@@ -8,17 +8,17 @@ from pathlib import Path
 
 from benchmarks.gpu import record
 from benchmarks.gpu.record import Record
-from benchmarks.gpu.sections import SECTIONS
+from benchmarks.gpu.sections import SECTIONS, profile
 from benchmarks.gpu.sections.base import formatted
 from benchmarks.gpu.targets import Outcome, judge
 from benchmarks.report import table
 
-FILE = "report.txt"
+FILE, PROFILE = "report.txt", "profile.txt"
 KEYS = ("device", "driver", "cuda", "torch", "triton", "transformers", "python", "commit")
 
 
 def write_report(out: Path) -> str:
-    """Write the report beside the records, and return it; its last line is JSON."""
+    """Write the report and the profiler's tables beside the records, and return the report; its last line is JSON."""
     records = record.read_all(out)
     outcomes = judge(records)
     texts = [_section_text(section.name, section.answers, records, section.show) for section in SECTIONS]
@@ -31,6 +31,9 @@ def write_report(out: Path) -> str:
     })  # fmt: skip
     text = "\n\n".join([text for text in texts if text]) + f"\n\n{line}\n"
     record.write_text(out / FILE, text)
+    kernels = profile.tables([found for found in records.values() if found.section == profile.SECTION.name])
+    if kernels:
+        record.write_text(out / PROFILE, kernels)
     return text
 
 
@@ -41,7 +44,9 @@ def _section_text(name: str, answers: str, records: dict[str, Record], show) -> 
     notes = [f"WARNING: {text}" for found in mine for text in found.warnings]
     for found in mine:
         if found.status != "done":
-            notes.append(f"{found.name}: {found.status} after {found.seconds:.0f} s. {(found.error or '').strip()}")
+            notes.append(
+                f"{found.name}: {found.status} after {found.seconds:.0f} of {found.bound:.0f} s. {(found.error or '').strip()}"
+            )
     try:
         # A copy of the cells, because a table may add columns to them.
         body = show([replace(found, cells=[dict(cell) for cell in found.cells]) for found in mine])
@@ -51,8 +56,8 @@ def _section_text(name: str, answers: str, records: dict[str, Record], show) -> 
 
 
 def _target_table(outcomes: list[Outcome]) -> str:
-    rows = [(o.what, formatted(o.wanted, ".4g"), formatted(o.found, ".4g"), o.verdict) for o in outcomes]
-    return table(("target", "wanted", "found", "verdict"), rows)
+    rows = [(o.what, formatted(o.wanted, ".4g"), formatted(o.found, ".4g"), o.card or "-", o.verdict) for o in outcomes]
+    return table(("target", "wanted", "found", "card", "verdict"), rows)
 
 
 def _machines(records: dict[str, Record]) -> list[str]:

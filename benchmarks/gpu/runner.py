@@ -1,7 +1,7 @@
 """Runs parts one after the other, each in a process of its own, and keeps what they find.
 
 A process of its own: a kernel that breaks the device's context, or hangs, takes only its part along, and memory is free again
-afterwards. A part whose file exists is skipped, so that a run goes on where the last one stopped; one that was under
+afterwards. A part that has a record is skipped, so that a run goes on where the last one stopped; one that was under
 way then is begun anew.
 """
 
@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,20 +19,25 @@ import torch
 
 from benchmarks.gpu import record
 from benchmarks.gpu.bench import Bench
+from benchmarks.gpu.processes import run_group
 from benchmarks.gpu.record import Record
+from benchmarks.gpu.report import write_report
 from benchmarks.gpu.sections import SECTIONS
 from benchmarks.gpu.sections.base import Section
-from benchmarks.gpu.sections.checks import warnings
+from benchmarks.gpu.sections.checks import CHECKS, warnings
 
 ROOT = Path(__file__).parents[2]
 REPORT = "report"
 """Named as a section, it runs nothing, and the report is written all the same."""
 
 GRACE_SECONDS = 90.0
-"""For imports, a model's weights and one cell under way, beyond a part's own time."""
+"""For one cell under way, beyond a part's own time; a short part has as much again."""
 
 LATE_SECONDS = 20.0
 """How much later than its minutes a run may end."""
+
+LEAST_SECONDS = 40.0
+"""With less than this no part is worth beginning, unless it is meant to be shorter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +49,7 @@ class Part:
 
     @property
     def name(self) -> str:
-        """Of its file."""
+        """Of its record."""
         return Record(self.section.name, self.part).name
 
 
@@ -57,73 +62,106 @@ def all_parts(models: Sequence[str], names: Sequence[str] = ()) -> list[Part]:
     return [part for part in parts if not names or part.name in names or part.section.name in names]
 
 
-def run_part(bench: Bench, part: Part) -> Record:
-    """Run a part here, and write its file after every cell."""
+def run_part(bench: Bench, part: Part, seconds: float | None = None) -> Record:
+    """Run a part here, for so many seconds (None: as many as its section wants), and write its record after every cell.
+
+    A record of before is kept until there are as many cells again: a second try that is cut shorter costs nothing.
+    """
     section, begun = part.section, time.perf_counter()
-    machine = record.provenance(bench.device) | {"is_dry_run": bench.is_dry}
-    found = Record(section.name, part.part, command=record.command_line(), machine=machine)
-    if section.name != "checks":
-        found.warnings = warnings(record.read(bench.out, "checks"))
+    bound = section.seconds if seconds is None else min(seconds, section.seconds)
+    before = record.read(bench.out, part.name)
+    found = Record(section.name, part.part, command=record.command_line(), bound=bound)
+    bench.deadline = begun + bound
+
+    def keep() -> None:
+        found.seconds = time.perf_counter() - begun
+        if before is None or len(found.cells) >= len(before.cells):
+            record.write(bench.out, found)
+
     try:
+        found.machine = record.provenance(bench.device) | {"is_dry_run": bench.is_dry}
+        if section.name not in CHECKS:
+            found.warnings = warnings(record.read(bench.out, "checks"))
         with torch.inference_mode():
             for cell in section.run(bench, part.part):
                 found.cells.append(cell)
-                found.seconds = time.perf_counter() - begun
-                record.write(bench.out, found)
-                if found.seconds > section.seconds:
+                keep()
+                if found.seconds > bound:
                     found.status = "cut"
                     break
         found.status = "done" if found.status == "running" else found.status
     except Exception:
         found.status, found.error = "failed", traceback.format_exc(limit=12)
-    found.seconds = time.perf_counter() - begun
-    record.write(bench.out, found)
+    keep()
     return found
 
 
-def run_apart(bench: Bench, part: Part, arguments: Sequence[str], seconds_left: float = float("inf")) -> Record:
-    """Run a part in a process of its own; whatever ends it, there is a record afterwards.
+def run_apart(
+    bench: Bench, part: Part, arguments: Sequence[str], seconds: float | None = None, seconds_left: float = float("inf")
+) -> Record:
+    """Run a part in a process of its own for so many seconds, imports included; whatever ends it, there is a record afterwards.
 
-    One that is killed because no seconds are left, before its own time is over, is begun anew by the next run.
+    One that is killed because no seconds are left, before its own time is over, is begun anew by the next run. What it has
+    started itself, compilers for example, is killed with it.
     """
-    command = [sys.executable, "-m", "benchmarks.gpu", *arguments, "--part", part.name]
-    own_limit = part.section.seconds + GRACE_SECONDS
+    bound = part.section.seconds if seconds is None else seconds
+    command = [sys.executable, "-m", "benchmarks.gpu", *arguments, "--part", part.name, "--until", f"{time.time() + bound:.1f}"]
+    own_limit = bound + min(bound, GRACE_SECONDS)
     limit = min(own_limit, seconds_left)
-    record.path_of(bench.out, part.name).unlink(missing_ok=True)
     problem = ""
     try:
-        ended = subprocess.run(command, cwd=ROOT, timeout=limit, check=False).returncode
+        ended = run_group(command, ROOT, limit)
         if ended:
             problem = f"the process ended with {ended}"
     except subprocess.TimeoutExpired:
         problem = f"killed after {limit:.0f} s" if limit == own_limit else ""
-    found = record.read(bench.out, part.name) or Record(part.section.name, part.part)
+    found = record.read(bench.out, part.name) or Record(part.section.name, part.part, bound=bound)
     if problem and found.status == "running":
         found.status, found.error = "failed", problem
         record.write(bench.out, found)
     return found
 
 
-def run_all(bench: Bench, parts: Sequence[Part], minutes: float, arguments: Sequence[str] | None) -> list[Part]:
-    """Run what has no file yet, as far as the time allows; returns what is left. ``arguments`` None: all in this process.
+def run_all(
+    bench: Bench,
+    parts: Sequence[Part],
+    minutes: float,
+    arguments: Sequence[str] | None,
+    wanted: Mapping[str, float] | None = None,
+    retry: bool = False,
+) -> list[Part]:
+    """Run what has no record yet, as far as the time allows; returns what is left. ``arguments`` None: all in this process.
 
-    A part is not begun if it might not end in time; a shorter one behind it may still be.
+    Where the parts want more than there is, all of them are given less: each its share of the time that is left. ``wanted``
+    are their seconds by name; what it lacks wants its section's. ``retry``: what failed or was given less is run again.
     """
-    begun, left = time.perf_counter(), []
+    begun, waiting = time.perf_counter(), []
     for part in parts:
-        spent = time.perf_counter() - begun
         found = record.read(bench.out, part.name)
-        if found is not None and found.status != "running":  # that of a run which was broken off is begun anew
+        if found is None or found.status == "running" or (retry and is_short(part, found)):
+            waiting.append(part)  # what was under way when a run was broken off is begun anew
+        else:
             print(f"{part.name}: there already", flush=True)
-            continue
-        if spent + part.section.seconds > 60 * minutes:
-            left.append(part)
-            continue
-        print(f"{part.name}: {part.section.answers}", flush=True)
-        left_over = 60 * minutes + LATE_SECONDS - spent
-        found = run_part(bench, part) if arguments is None else run_apart(bench, part, arguments, left_over)
+    while waiting:
+        left = 60 * minutes - (time.perf_counter() - begun)
+        needs = [(wanted or {}).get(part.name, part.section.seconds) for part in waiting]
+        least = min(LEAST_SECONDS, needs[0])
+        if left < least:
+            break
+        part = waiting.pop(0)
+        seconds = min(part.section.seconds, max(least, left * (needs[0] / sum(needs))))
+        print(f"{part.name}, {seconds:.0f} s: {part.section.answers}", flush=True)
+        if arguments is None:
+            found = run_part(bench, part, seconds)
+        else:
+            found = run_apart(bench, part, arguments, seconds, left + LATE_SECONDS)
         print(f"{part.name}: {found.status}, {len(found.cells)} cells, {found.seconds:.0f} s", flush=True)
         if found.error is not None:
             print(found.error, flush=True)
-        record.bundle(bench.out)
-    return left
+        write_report(bench.out)
+    return waiting
+
+
+def is_short(part: Part, found: Record) -> bool:
+    """Whether a second try may find more."""
+    return found.status == "failed" or (found.status == "cut" and found.bound < part.section.seconds)

@@ -92,9 +92,37 @@ def _tensors(result: Any) -> list[Tensor]:
     return [t for part in result for t in _tensors(part)] if isinstance(result, tuple | list) else []
 
 
-def recorder_and_timer(device: torch.device) -> tuple[Capture, Timer]:
-    """What records and what times on a device."""
-    return (CudaCapture(device), CudaTimer()) if device.type == "cuda" else (Rerun(), HostTimer())
+class MeteredCapture:
+    """A recorder that counts its graphs, and the bytes by which free memory fell meanwhile: what graphs and their pool take."""
+
+    def __init__(self, device: torch.device, capture: Capture) -> None:
+        self._device, self._capture = device, capture
+        self.num_graphs, self.num_bytes = 0, 0
+
+    def __call__(self, run: Callable[[], Result]) -> tuple[Result, Callable[[], None]]:
+        before = self._free()
+        recorded = self._capture(run)
+        self.num_graphs += 1
+        self.num_bytes += before - self._free()
+        return recorded
+
+    @property
+    def figures(self) -> dict[str, int]:
+        """As cells have them."""
+        return {"graphs": self.num_graphs, "graph_bytes": self.num_bytes}
+
+    def _free(self) -> int:
+        return int(torch.cuda.mem_get_info(self._device)[0]) if self._device.type == "cuda" else 0
+
+
+def recorder(device: torch.device) -> Capture:
+    """What records on a device."""
+    return CudaCapture(device) if device.type == "cuda" else Rerun()
+
+
+def timer(device: torch.device) -> Timer:
+    """What times on a device."""
+    return CudaTimer() if device.type == "cuda" else HostTimer()
 
 
 def kernel_ms(capture: Capture, timer: Timer, run: Callable[[int], object], calls: int) -> float:

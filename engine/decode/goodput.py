@@ -12,8 +12,9 @@ with one branch, which is always hit. With the chance ``h`` of a hit, ``1 / (2 -
 from __future__ import annotations
 
 import bisect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -65,6 +66,7 @@ class CostTable:
 
     Both ascend. Between measured points the cost is linear. Behind the last one a row is taken to cost what it costs there on
     average, which is its full price: what was not measured should not look cheap.
+    ``uncaptured`` is the least that a step takes which is launched operation by operation, where others are replayed; else 0.
     ``per_kv_token`` is added for each token in the cache of a request, ``per_row_token`` for each row and token that it sees.
     """
 
@@ -73,6 +75,12 @@ class CostTable:
     seconds: tuple[tuple[float, ...], ...]
     per_kv_token: float = 0.0
     per_row_token: float = 0.0
+    uncaptured: float = 0.0
+
+    @staticmethod
+    def of_plain(values: Mapping[str, Any]) -> CostTable:
+        """From what ``asdict`` gives, lists for tuples. Raises TypeError for other fields."""
+        return CostTable(**{name: _as_tuples(value) for name, value in values.items()})
 
     def cost(self, num_requests: int, rows: float, context: float = 0.0) -> float:
         """Seconds of a step of ``num_requests`` requests with ``rows`` rows in all and ``context`` cached tokens each."""
@@ -85,6 +93,10 @@ class CostTable:
             for n, rows, seconds in zip(self.num_requests, self.rows, self.seconds, strict=True)
         ]
         return _interpolate(self.num_requests, at_each, num_requests)
+
+
+def _as_tuples(value: Any) -> Any:
+    return tuple(_as_tuples(v) for v in value) if isinstance(value, list) else value
 
 
 def _interpolate(xs: Sequence[float], ys: Sequence[float], x: float) -> float:

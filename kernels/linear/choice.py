@@ -8,8 +8,8 @@ from __future__ import annotations
 import bisect
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from kernels.linear.weight import QuantizedWeight, Weight
@@ -107,6 +107,15 @@ Timer = Callable[[LayerShape, int, Tile | None], float]
 """Seconds of one call at so many rows, by a tile or (None) by the library; infinite for a tile that does not run here."""
 
 
+Keep = Callable[[Callable[[], "ChoiceTable"]], "ChoiceTable"]
+"""Gives what an earlier start has measured, or else what the function measures."""
+
+
+def measured_anew(measure: Callable[[], ChoiceTable]) -> ChoiceTable:
+    """What is given where nothing is kept."""
+    return measure()
+
+
 class ChoiceTable:
     """The choices that were measured. A row count belongs to the smallest bucket that holds it."""
 
@@ -125,6 +134,22 @@ class ChoiceTable:
         if place < len(tiles):
             return tiles[place]
         return tiles[-1] if tiles and shape.element_size == 1 else None
+
+    def to_plain(self) -> list[dict[str, Any]]:
+        """The measurements as plain data; ``of_plain`` reads them."""
+        return [asdict(m) for m in self.measurements]
+
+    @staticmethod
+    def of_plain(measurements: Sequence[Mapping[str, Any]]) -> ChoiceTable:
+        """From plain data. Raises KeyError or TypeError for other fields."""
+        return ChoiceTable(
+            [
+                Measurement(
+                    **{**m, "shape": LayerShape(**m["shape"]), "tile": None if m["tile"] is None else Tile(**m["tile"])}
+                )
+                for m in measurements
+            ]
+        )
 
     def lines(self) -> Iterator[str]:
         """The table for a terminal, a line a cell."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kernels.linear import packed, reference
+from kernels.linear.choice import Keep
 from kernels.linear.weight import QuantizedWeight, Weight
 
 Linear = Callable[[Tensor, Weight, Tensor | None], Tensor]
@@ -42,7 +43,9 @@ class InvariantLinear:
             results.copy_(product(tile, weight, bias)[: len(rows)])
         return out
 
-    def check(self, weights: Sequence[Weight], dtype: torch.dtype, max_rows: int, progress: Callable[[str], None]) -> None:
+    def check(
+        self, weights: Sequence[Weight], dtype: torch.dtype, max_rows: int, progress: Callable[[str], None], keep: Keep
+    ) -> None:
         """Raise ValueError where this machine does not keep the promise for the model's weights."""
         progress("checking that linear layers are batch-invariant")
         check(self, weights, dtype, TILE_ROWS)

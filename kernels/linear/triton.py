@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.linear import invariant
-from kernels.linear.choice import Tile, invariant_tile
+from kernels.linear.choice import Keep, Tile, invariant_tile
 from kernels.linear.weight import QuantizedWeight, Weight
 
 _MERGE_COLUMNS = 512
@@ -82,7 +82,9 @@ def invariant_linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> T
     return linear(x, weight, bias, tile=invariant_tile(weight.shape[0]))
 
 
-def check_invariant(weights: Sequence[Weight], dtype: torch.dtype, max_rows: int, progress: Callable[[str], None]) -> None:
+def check_invariant(
+    weights: Sequence[Weight], dtype: torch.dtype, max_rows: int, progress: Callable[[str], None], keep: Keep
+) -> None:
     """Raise ValueError where this device does not keep the promise for the model's weights, or cannot widen them."""
     progress("checking that linear layers are batch-invariant")
     is_quantized = any(isinstance(weight, QuantizedWeight) for weight in weights)

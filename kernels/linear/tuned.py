@@ -12,10 +12,13 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
 from kernels.linear import reference, triton
-from kernels.linear.choice import ChoiceTable, LayerShape, Tile, measure
+from kernels.linear.choice import ChoiceTable, Keep, LayerShape, Tile, measure
 from kernels.linear.weight import Weight
 
 _REPLAYS = 5
+
+_MAX_ERROR = 0.05
+"""Of a result, over the root mean square of all of them: some roundings of an 8-bit mantissa."""
 
 _COLD_BYTES = 256 * 2**20
 """A timed graph streams at least this much where the model has it, so that no weight is still in the cache."""
@@ -31,11 +34,15 @@ class TunedLinear:
         return apply(x, weight, bias, self.table.tile(LayerShape.of(weight), len(x)))
 
     def tune(
-        self, weights: Sequence[Weight], dtype: torch.dtype, max_rows: int, progress: Callable[[str], None]
+        self, weights: Sequence[Weight], dtype: torch.dtype, max_rows: int, progress: Callable[[str], None], keep: Keep
     ) -> ChoiceTable:
         """Measure on the model's own weights, before anything is captured; steps have at most ``max_rows`` rows."""
-        timer = GraphTimer(weights, dtype)
-        self.table = measure(list(timer.weights), max_rows, timer.num_processors, timer, progress)
+
+        def measured() -> ChoiceTable:
+            timer = GraphTimer(weights, dtype)
+            return measure(list(timer.weights), max_rows, timer.num_processors, timer, progress)
+
+        self.table = keep(measured)
         return self.table
 
 
@@ -57,7 +64,7 @@ class GraphTimer:
 
     @torch.inference_mode()
     def __call__(self, shape: LayerShape, rows: int, tile: Tile | None) -> float:
-        """Seconds of one call; infinite if the device cannot run the tile."""
+        """Seconds of one call; infinite if the device cannot run the tile, or computes something else with it."""
         if tile is not None and shape.element_size == 1 and not self.widens_fp8:
             return math.inf
         size = shape.width_out * shape.width_in * shape.element_size
@@ -72,10 +79,18 @@ class GraphTimer:
             run()  # compiles
         except OutOfResources:
             return math.inf
+        if tile is not None and not _agree(apply(x, weights[0], None, tile), apply(x, weights[0], None, None)):
+            return math.inf
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             run()
         return _fastest(graph.replay) / len(weights)
+
+
+def _agree(out: Tensor, expected: Tensor) -> bool:
+    """Whether two results differ by no more than roundings of 16 bits."""
+    error, size = (out.float() - expected.float()).abs(), expected.float().square().mean().sqrt()
+    return bool(error.max() <= _MAX_ERROR * size)
 
 
 def _fastest(replay: Callable[[], None]) -> float:

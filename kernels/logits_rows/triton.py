@@ -7,21 +7,19 @@ kernels see the same bits. Where a row has bans or biases, lists of a few tokens
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.launch import BlockSettings
 from kernels.process_logits.metadata import RowSampling
 from kernels.process_logits.reference import forbid_and_bias
 
-LAUNCH = {"num_warps": 8, "enable_fp_fusion": False}
 LAUNCH_SMALL = {"num_warps": 1, "enable_fp_fusion": False}
 """Of kernels that read a few numbers a row."""
-
-_MAX_BLOCK = 4096
 
 
 class Rows(NamedTuple):
@@ -47,14 +45,15 @@ class Rows(NamedTuple):
     temperature: Tensor | None = None
 
 
-def block_size(vocab_size: int) -> int:
-    """Tokens of a chunk."""
-    return min(_MAX_BLOCK, max(16, int(triton.next_power_of_2(vocab_size))))
+def launch_of(vocab_size: int, settings: BlockSettings) -> dict[str, Any]:
+    """Options of kernels with a program for every chunk."""
+    block = min(settings.block, max(16, int(triton.next_power_of_2(vocab_size))))
+    return {"BLOCK": block, "num_warps": settings.num_warps, "enable_fp_fusion": False}
 
 
-def chunks_of(vocab_size: int) -> dict[str, int]:
+def chunks_of(vocab_size: int, settings: BlockSettings) -> dict[str, int]:
     """How many chunks a row has, also as a power of two, for kernels that read them all at once."""
-    count = triton.cdiv(vocab_size, block_size(vocab_size))
+    count = triton.cdiv(vocab_size, launch_of(vocab_size, settings)["BLOCK"])
     return {"CHUNKS": count, "CHUNKS_PADDED": triton.next_power_of_2(count)}
 
 

@@ -35,7 +35,7 @@ A mask row does not depend on the other requests either: its clean keys are as a
 the first segment, in blocks that count from the request's first row of the step. How its own request is cut into steps
 decides what those blocks hold.
 
-Page sizes: any. A page that is a multiple of the key block (64 keys, 32 in float32) costs one look-up a block; keys of other
+Page sizes: any. Where a page is a multiple of the key block, or half of it, a block costs one look-up a page; keys of other
 pages are gathered, one look-up a key. Head sizes: any; tiles are padded to a power of two. Data types: float16, bfloat16, and
 float32 in full precision (for tests).
 """
@@ -45,44 +45,31 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
 from kernels.paged_attention.metadata import AttentionMetadata
+from kernels.paged_attention.settings import AttentionSettings, TileSettings, settings_for
 from kernels.paged_attention.triton_kernels import attention_kernel, merge_kernel
 from kernels.paged_attention.triton_work import Height, WorkList, make_work_list
-
-_SMALL, _INVARIANT, _HEIGHTS = 16, 64, (16, 64, 128)
-_INVARIANT_FLOAT32, _HEIGHTS_FLOAT32 = 32, (16, 32)
-_WARPS = {16: 4, 32: 4, 64: 4, 128: 8}
-_MAX_REGISTERS = {16: 168}
-_PROGRAMS_PER_PROCESSOR = {16: 3, 32: 1, 64: 2, 128: 1}
-"""By tile height: as many as the registers and the shared memory of a Hopper processor hold at once at head size 128, which
-``tests/kernels/compile_for_gpu.py`` checks."""
 
 _INTERPRETED_PROGRAMS = 4
 _MERGE_PROGRAMS, _MERGED = 16, 32
 """Programs that merge a tile of one head, and query vectors of all pieces that one holds at a time."""
 
-_SPLIT_SIZE = 1024
-"""Positions of a segment in the batch-invariant setting."""
-
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """The per-step work of the kernel: lists of tiles, and the device state that they are read against.
-
-    ``split_size`` is 0 except in the batch-invariant setting.
-    """
+    """The per-step work of the kernel: lists of tiles, and the device state that they are read against."""
 
     lists: tuple[WorkList, ...]
     metadata: AttentionMetadata
     page_size: int
     group_size: int
-    block_n: int
     split_size: int
 
 
@@ -94,64 +81,55 @@ def prepare(
     *,
     num_kv_heads: int = 8,
     batch_invariant: bool = False,
-    split_size: int = _SPLIT_SIZE,
-    min_split: int = 256,
-    num_programs: int | None = None,
+    settings: AttentionSettings | None = None,
+    **changes: Any,
 ) -> Prepared:
     """Make the work lists of a step, once for all layers. Nothing here waits for the device, and nothing is copied to it.
 
     ``group_size`` is the number of query heads per key/value head. The host's row starts only serve to choose tile heights;
-    what is computed follows the device's. ``num_kv_heads``, ``min_split`` (tokens of context below which a program of its own
-    does not pay) and ``num_programs`` (None: what the device holds at once) only decide how the work is cut. ``split_size``, a
-    multiple of the key block, is that of the batch-invariant setting: part of what its bits depend on.
+    what is computed follows the device's. ``num_kv_heads`` only decides how the work is cut. ``settings`` are by default those
+    of the data type; ``changes`` are other values for single ones.
     """
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"the Triton attention does not compute in {dtype}")
-    block_n = 32 if dtype == torch.float32 else 64
-    if split_size % block_n:
-        raise ValueError(f"split_size {split_size} is not a multiple of the key block, {block_n}")
-    heights: tuple[Height, ...]
-    if batch_invariant:
-        heights = (Height(_INVARIANT_FLOAT32 if dtype == torch.float32 else _INVARIANT),)
-    else:
-        split_size = 0
-        heights = _choose_heights(metadata.row_starts, group_size, dtype)
+    settings = settings or settings_for(dtype, batch_invariant)
+    if changes:
+        settings = replace(settings, **changes)
+    for tile in settings.tiles:
+        if settings.split_size % tile.block_n:
+            raise ValueError(f"split_size {settings.split_size} is not a multiple of the key block, {tile.block_n}")
     device = metadata.limit.device
     lists = tuple(
         make_work_list(
             metadata,
             height,
             group_size,
-            block_n,
             num_kv_heads,
-            num_programs or _num_programs(height.block_m, device),
-            min_split,
-            split_size,
+            settings.num_programs or _num_programs(height.tile, device),
+            settings.min_split,
+            settings.split_size,
         )
-        for height in heights
+        for height in _choose_heights(metadata.row_starts, group_size, settings.tiles)
     )
-    return Prepared(lists, metadata, page_size, group_size, block_n, split_size)
+    return Prepared(lists, metadata, page_size, group_size, settings.split_size)
 
 
-def _choose_heights(row_starts: tuple[int, ...], group_size: int, dtype: torch.dtype) -> tuple[Height, ...]:
+def _choose_heights(row_starts: tuple[int, ...], group_size: int, tiles: tuple[TileSettings, ...]) -> tuple[Height, ...]:
     """At most two, a launch each: requests that fit the smallest tile would waste most of a large one."""
     packed = [(end - start) * group_size for start, end in itertools.pairwise(row_starts)]
-    most = max(packed, default=0)
-    if most <= _SMALL:
-        return (Height(_SMALL),)
-    heights = _HEIGHTS_FLOAT32 if dtype == torch.float32 else _HEIGHTS
-    tall = next((height for height in heights if height >= most), heights[-1])
-    if all(size == 0 or size > _SMALL for size in packed):
+    most, small = max(packed, default=0), tiles[0]
+    tall = next((tile for tile in tiles if tile.block_m >= most), tiles[-1])
+    if tall is small or all(size == 0 or size > small.block_m for size in packed):
         return (Height(tall),)
-    return Height(_SMALL, most=_SMALL), Height(tall, least=_SMALL)
+    return Height(small, most=small.block_m), Height(tall, least=small.block_m)
 
 
 @functools.cache
-def _num_programs(block_m: int, device: torch.device) -> int:
+def _num_programs(tile: TileSettings, device: torch.device) -> int:
     if device.type != "cuda":
         return _INTERPRETED_PROGRAMS
     processors = int(torch.cuda.get_device_properties(device).multi_processor_count)
-    return processors * _PROGRAMS_PER_PROCESSOR[block_m]
+    return processors * tile.programs_per_processor
 
 
 def paged_attention(
@@ -168,11 +146,11 @@ def paged_attention(
     assert k_cache.stride() == v_cache.stride()
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     for work in prepared.lists:
-        _launch(out, q, k, v, k_cache, v_cache, prepared, work, scale * math.log2(math.e))
+        launch(out, q, k, v, k_cache, v_cache, prepared, work, scale * math.log2(math.e))
     return out
 
 
-def _launch(
+def launch(
     out: Tensor,
     q: Tensor,
     k: Tensor,
@@ -182,16 +160,17 @@ def _launch(
     prepared: Prepared,
     work: WorkList,
     scale: float,
-) -> None:
-    """Run the tiles of one height, then merge those that are in pieces."""
-    metadata, block_m, num_kv_heads = prepared.metadata, work.block_m, k.shape[1]
+) -> Any:
+    """Run the tiles of one height, then merge those that are in pieces. Returns the compiled kernel that ran the tiles."""
+    metadata, tile, num_kv_heads = prepared.metadata, work.tile, k.shape[1]
+    block_m = tile.block_m
     head_dim, block_d = q.shape[2], max(16, triton.next_power_of_2(q.shape[2]))
     cells = (work.num_partials, num_kv_heads, block_m)
     partial_acc = torch.empty((*cells, block_d), dtype=torch.float32, device=q.device)
     partial_peak, partial_total = torch.empty((2, *cells), dtype=torch.float32, device=q.device)
     shape = {"HEAD_DIM": head_dim, "BLOCK_D": block_d, "GROUP": prepared.group_size, "KV_HEADS": num_kv_heads}
-    options = {"num_warps": _WARPS[block_m], "enable_fp_fusion": prepared.split_size == 0}
-    attention_kernel[(work.num_programs,)](
+    options = {"num_warps": tile.num_warps, "enable_fp_fusion": prepared.split_size == 0}
+    compiled = attention_kernel[(work.num_programs,)](
         out,
         partial_acc,
         partial_peak,
@@ -217,10 +196,10 @@ def _launch(
         **shape,
         BLOCK_M=block_m,
         PAGE=prepared.page_size,
-        BLOCK_N=prepared.block_n,
+        BLOCK_N=tile.block_n,
         SPLIT_SIZE=prepared.split_size,
-        num_stages=2 if q.dtype == torch.float32 else 3,
-        maxnreg=_MAX_REGISTERS.get(block_m),
+        num_stages=tile.num_stages,
+        maxnreg=tile.max_registers,
         **options,
     )
     rows = block_m // _MERGE_PROGRAMS
@@ -238,3 +217,4 @@ def _launch(
         PIECES=1 if prepared.split_size else _MERGED // rows,
         **options,
     )
+    return compiled

@@ -72,6 +72,19 @@ def _accumulate(state, products, scale, v):
 
 
 @triton.jit
+def _look_up(pages, first, end, PAGE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The page of a block's first key, and that of the next ``PAGE`` keys where a block spans two pages.
+
+    Read one block ahead: a look-up inside the software pipeline would take stages away from the keys.
+    """
+    page = tl.load(pages + first // PAGE, mask=first < end, other=0).to(tl.int64)
+    second = page
+    if BLOCK_N == 2 * PAGE:
+        second = tl.load(pages + first // PAGE + 1, mask=first + PAGE < end, other=0).to(tl.int64)
+    return page, second
+
+
+@triton.jit
 def _walk_prefix(
     state,
     rows,
@@ -89,15 +102,16 @@ def _walk_prefix(
     k_head, v_head, pages, page_stride, slot_stride, _ = cache
     offset = tl.arange(0, BLOCK_N)
     dim = tl.arange(0, BLOCK_D)
-    in_page = (offset * slot_stride)[:, None] + dim[None, :]
-    # Read one block ahead: a look-up inside the software pipeline would take stages away from the keys.
-    page = tl.load(pages + begin // PAGE, mask=begin < end, other=0).to(tl.int64)
+    in_page = (offset % PAGE * slot_stride)[:, None] + dim[None, :]
+    page, second = _look_up(pages, begin, end, PAGE, BLOCK_N)
     for first in range(begin, end, BLOCK_N):
-        if PAGE % BLOCK_N == 0:
+        if PAGE % BLOCK_N == 0 or BLOCK_N == 2 * PAGE:
             block = page * page_stride + first % PAGE * slot_stride
+            if BLOCK_N == 2 * PAGE:
+                block = tl.where(offset < PAGE, block, second * page_stride)[:, None]
             k_pointers = k_head + block + in_page
             v_pointers = v_head + block + in_page
-            page = tl.load(pages + (first + BLOCK_N) // PAGE, mask=first + BLOCK_N < end, other=0).to(tl.int64)
+            page, second = _look_up(pages, first + BLOCK_N, end, PAGE, BLOCK_N)
         else:
             place = tl.load(pages + (first + offset) // PAGE).to(tl.int64)
             slots = place * page_stride + (first + offset) % PAGE * slot_stride
@@ -135,19 +149,28 @@ def _walk_clean(
     offset = tl.arange(0, BLOCK_N)
     dim = tl.arange(0, BLOCK_D)
     cached_end = tl.minimum(prefix, end)
-    page = tl.load(pages + begin // PAGE, mask=begin < cached_end, other=0).to(tl.int64)
+    page, second = _look_up(pages, begin, cached_end, PAGE, BLOCK_N)
     for first in range(begin, end, BLOCK_N):
         position = first + offset
         cached = position < cached_end
+        # Where the block begins, in the cache or in the step, and a number of strides from there: not two addresses a key.
+        number = offset
         if PAGE % BLOCK_N == 0:
-            slots = page * page_stride + position % PAGE * slot_stride
-            page = tl.load(pages + (first + BLOCK_N) // PAGE, mask=first + BLOCK_N < cached_end, other=0).to(tl.int64)
+            block = page * page_stride + first % PAGE * slot_stride
         else:
-            place = tl.load(pages + position // PAGE, mask=cached, other=0).to(tl.int64)
-            slots = place * page_stride + position % PAGE * slot_stride
-        row = (position - prefix).to(tl.int64)
-        k_pointers = tl.where(cached, k_head + slots, k_step + row * k_row_stride)
-        v_pointers = tl.where(cached, v_head + slots, v_step + row * v_row_stride)
+            if BLOCK_N == 2 * PAGE:
+                place = tl.where(offset < PAGE, page, second)
+            else:
+                place = tl.load(pages + position // PAGE, mask=cached, other=0).to(tl.int64)
+            block = place * page_stride
+            number = tl.where(cached, position % PAGE, offset)
+        if PAGE % BLOCK_N == 0 or BLOCK_N == 2 * PAGE:
+            page, second = _look_up(pages, first + BLOCK_N, cached_end, PAGE, BLOCK_N)
+        row = (first - prefix).to(tl.int64)
+        k_pointers = tl.where(cached, k_head + block, k_step + row * k_row_stride)
+        v_pointers = tl.where(cached, v_head + block, v_step + row * v_row_stride)
+        k_pointers += number * tl.where(cached, slot_stride, k_row_stride)
+        v_pointers += number * tl.where(cached, slot_stride, v_row_stride)
         inside = (position < end)[:, None] & (dim < HEAD_DIM)[None, :]
         k_tile = tl.load(k_pointers[:, None] + dim[None, :], mask=inside, other=0.0)
         v_tile = tl.load(v_pointers[:, None] + dim[None, :], mask=inside, other=0.0)

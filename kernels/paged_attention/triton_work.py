@@ -21,6 +21,7 @@ from torch import Tensor
 
 from kernels.mask_layout import CLEAN
 from kernels.paged_attention.metadata import AttentionMetadata
+from kernels.paged_attention.settings import TileSettings
 
 _CLEAN = tl.constexpr(CLEAN)
 _MOST = tl.constexpr(2**31 - 1)
@@ -50,7 +51,7 @@ class WorkList:
     bounds the partial results, ``num_programs`` is the size of the persistent grid.
     """
 
-    block_m: int
+    tile: TileSettings
     items: Tensor
     merges: Tensor
     counts: Tensor
@@ -60,9 +61,9 @@ class WorkList:
 
 @dataclass(frozen=True, slots=True)
 class Height:
-    """Which requests get tiles of ``block_m`` query vectors: those with ``least < rows * group <= most``."""
+    """Which requests get such tiles: those with ``least < rows * group <= most``."""
 
-    block_m: int
+    tile: TileSettings
     least: int = 0
     most: int = _MOST.value
 
@@ -71,7 +72,6 @@ def make_work_list(
     metadata: AttentionMetadata,
     height: Height,
     group_size: int,
-    block_n: int,
     num_kv_heads: int,
     num_programs: int,
     min_split: int,
@@ -87,7 +87,7 @@ def make_work_list(
     # What the grid can take for every head. More pieces than twice that never come up when the load decides, see the kernel.
     at_once = max(num_programs // num_kv_heads, 1)
     num_partials = (8 if split_size else 2) * at_once
-    max_tiles = num_records + num_rows * group_size // height.block_m
+    max_tiles = num_records + num_rows * group_size // height.tile.block_m
 
     def integers(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.int32, device=device)
@@ -109,8 +109,8 @@ def make_work_list(
         min_split,
         num_partials,
         GROUP=group_size,
-        BLOCK_M=height.block_m,
-        BLOCK_N=block_n,
+        BLOCK_M=height.tile.block_m,
+        BLOCK_N=height.tile.block_n,
         SPLIT_SIZE=split_size,
         REQUESTS=_REQUESTS,
     )
@@ -124,11 +124,11 @@ def make_work_list(
         metadata.branch,
         num_requests,
         GROUP=group_size,
-        BLOCK_M=height.block_m,
+        BLOCK_M=height.tile.block_m,
         REQUESTS=_REQUESTS,
         SCAN=_SCAN,
     )
-    return WorkList(height.block_m, items, merges, counts, num_partials, num_programs)
+    return WorkList(height.tile, items, merges, counts, num_partials, num_programs)
 
 
 @triton.jit

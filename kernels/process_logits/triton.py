@@ -21,7 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.logits_rows.triton import LAUNCH, LAUNCH_SMALL, Rows, bind_rows, block_size, chunks_of, is_wanted, processed_tile
+from kernels.launch import LOGITS, BlockSettings
+from kernels.logits_rows.triton import LAUNCH_SMALL, Rows, bind_rows, chunks_of, is_wanted, launch_of, processed_tile
 from kernels.process_logits.metadata import RowSampling
 
 _CANDIDATES = tl.constexpr(16)
@@ -214,52 +215,58 @@ def _write_kernel(out, rows, cut, CHUNKS: tl.constexpr, CHUNKS_PADDED: tl.conste
     tl.store(out + q.to(tl.int64) * rows.vocab_size + token, x, mask=token < rows.vocab_size)
 
 
-def find_cut(rows: Rows, sampling: RowSampling) -> Cut:
+def find_cut(rows: Rows, sampling: RowSampling, settings: BlockSettings = LOGITS) -> Cut:
     """Where each row is truncated. Only launches."""
     needs = sampling.needs
     if not needs.noise or not (needs.min_p or needs.top_k or needs.top_p):
         return Cut()
-    num_rows, device, chunks = len(sampling.temperature), rows.logits.device, chunks_of(rows.vocab_size)
+    num_rows, device, chunks = len(sampling.temperature), rows.logits.device, chunks_of(rows.vocab_size, settings)
     grid = (num_rows, chunks["CHUNKS"])
-    block = block_size(rows.vocab_size)
+    launch = launch_of(rows.vocab_size, settings)
     peaks = torch.empty(grid, dtype=torch.int32, device=device)
-    _peaks_kernel[grid](peaks, rows, CHUNKS=grid[1], BLOCK=block, **LAUNCH)
+    _peaks_kernel[grid](peaks, rows, CHUNKS=grid[1], **launch)
     peak = torch.empty(num_rows, dtype=torch.float32, device=device)
     # A tensor each: a kernel would be compiled anew where the second half of one begins at no multiple of 16 bytes.
     threshold, num_ties = (torch.empty(num_rows, dtype=torch.int32, device=device) for _ in range(2))
-    kth = _search(rows, sampling.top_k, peaks, peak, threshold, is_mass=False).low[-1] if needs.top_k else None
+    kth = None
+    if needs.top_k:
+        kth = _search(rows, sampling.top_k, peaks, peak, threshold, settings, is_mass=False).low[-1]
     min_p = sampling.min_p if needs.min_p else None
     _floor_kernel[(num_rows,)](peak, threshold, sampling.temperature, peaks, min_p, kth, **chunks, **LAUNCH_SMALL)
     if not needs.top_p:
         return Cut(threshold)
-    found = _search(rows, sampling.top_p, peaks, peak, threshold, is_mass=True)
+    found = _search(rows, sampling.top_p, peaks, peak, threshold, settings, is_mass=True)
     _nucleus_kernel[(num_rows,)](threshold, num_ties, peak, found.low[-1], found.above[-1], found.target[-1], **LAUNCH_SMALL)
     ties = torch.empty(grid, dtype=torch.int32, device=device)
-    _ties_kernel[grid](ties, threshold, rows, CHUNKS=grid[1], BLOCK=block, **LAUNCH)
+    _ties_kernel[grid](ties, threshold, rows, CHUNKS=grid[1], **launch)
     return Cut(threshold, num_ties, ties)
 
 
-def _search(rows: Rows, wanted: Tensor, peaks: Tensor, peak: Tensor, floor: Tensor, *, is_mass: bool) -> _Search:
+def _search(
+    rows: Rows, wanted: Tensor, peaks: Tensor, peak: Tensor, floor: Tensor, settings: BlockSettings, *, is_mass: bool
+) -> _Search:
     """``peak`` and ``floor`` are read only with ``is_mass``."""
     num_rows, num_chunks = peaks.shape
     above, target = (torch.empty((_ROUNDS.value + 1, num_rows), dtype=torch.float32, device=peaks.device) for _ in range(2))
     low = torch.empty_like(above, dtype=torch.int32)
     sums = torch.empty((2, num_rows, num_chunks, _CANDIDATES.value), dtype=torch.float32, device=peaks.device)
     search = _Search(low, above, target, sums)
-    block, chunks = block_size(rows.vocab_size), chunks_of(rows.vocab_size)
+    options = launch_of(rows.vocab_size, settings) | chunks_of(rows.vocab_size, settings)
     for number in range(_ROUNDS.value + 1):
         grid = (num_rows, num_chunks if number < _ROUNDS.value else 1)
         values = (search, rows, wanted, peaks, peak, floor, num_rows, number)
-        _search_kernel[grid](*values, IS_MASS=is_mass, BLOCK=block, **chunks, **LAUNCH)
+        _search_kernel[grid](*values, IS_MASS=is_mass, **options)
     return search
 
 
-def process_logits(logits_QV: Tensor, sampling: RowSampling, mask_token_id: int | None) -> Tensor:
+def process_logits(
+    logits_QV: Tensor, sampling: RowSampling, mask_token_id: int | None, settings: BlockSettings = LOGITS
+) -> Tensor:
     """The processed logits written out, [Q, V] float32. Sampling does without."""
     rows = bind_rows(logits_QV, None, sampling, mask_token_id)
-    cut = find_cut(rows, sampling)
+    cut = find_cut(rows, sampling, settings)
     out = torch.empty(logits_QV.shape, dtype=torch.float32, device=logits_QV.device)
-    chunks = chunks_of(rows.vocab_size)
+    chunks = chunks_of(rows.vocab_size, settings)
     grid = (len(out), chunks["CHUNKS"])
-    _write_kernel[grid](out, rows, cut, BLOCK=block_size(rows.vocab_size), **chunks, **LAUNCH)
+    _write_kernel[grid](out, rows, cut, **chunks, **launch_of(rows.vocab_size, settings))
     return out

@@ -11,18 +11,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.launch import RMS_NORM, WarpSettings
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, settings: WarpSettings = RMS_NORM) -> Tensor:
     """``x / sqrt(mean(x^2) + eps) * weight`` for ``x`` [R, E] whose last stride is 1."""
-    return _launch(x, None, weight, eps)
+    return _launch(x, None, weight, eps, settings)
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, settings: WarpSettings = RMS_NORM
+) -> tuple[Tensor, Tensor]:
     """Return ``(rms_norm(x + residual), x + residual)``; the sum is written over ``residual``."""
-    return _launch(x, residual, weight, eps), residual
+    return _launch(x, residual, weight, eps, settings), residual
 
 
-def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, settings: WarpSettings) -> Tensor:
     num_rows, width = x.shape
     out = torch.empty((num_rows, width), dtype=x.dtype, device=x.device)
     total = x if residual is None else residual
@@ -41,7 +45,7 @@ def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> T
             WIDTH=width,
             BLOCK=block,
             ADD=residual is not None,
-            num_warps=min(16, max(1, block // 256)),
+            num_warps=settings.num_warps(block),
         )
     return out
 

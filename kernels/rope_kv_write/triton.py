@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.launch import ROPE_KV_WRITE, WarpSettings
 from kernels.rope_kv_write.metadata import RopeMetadata
 
 
@@ -38,7 +39,12 @@ def prepare(metadata: RopeMetadata, num_heads: int, num_kv_heads: int, dtype: to
 
 
 def rope_kv_write(
-    qkv: Tensor, qk_norm: Tensor | None, eps: float, prepared: Prepared, cache: tuple[Tensor, Tensor] | None
+    qkv: Tensor,
+    qk_norm: Tensor | None,
+    eps: float,
+    prepared: Prepared,
+    cache: tuple[Tensor, Tensor] | None,
+    settings: WarpSettings = ROPE_KV_WRITE,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return q, k and v as the reference does. Any strides of ``qkv`` and caches, as long as the last one is 1."""
     metadata, num_heads, num_kv_heads = prepared.metadata, prepared.num_heads, prepared.num_kv_heads
@@ -75,7 +81,7 @@ def rope_kv_write(
             NORM=qk_norm is not None,
             SCALE=metadata.query_scale is not None,
             WRITE=cache is not None,
-            num_warps=min(8, max(1, tile * half // 256)),
+            num_warps=settings.num_warps(tile * half),
         )
     return out[:, :num_heads], out[:, num_heads:], qkv[:, num_rotated:]
 

@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.logits_rows.triton import LAUNCH, LAUNCH_SMALL, bind_rows, block_size, chunks_of, is_wanted, processed_tile
+from kernels.launch import LOGITS, BlockSettings
+from kernels.logits_rows.triton import LAUNCH_SMALL, bind_rows, chunks_of, is_wanted, launch_of, processed_tile
 from kernels.philox.triton import gumbel_tile
 from kernels.process_logits.metadata import RowSampling
 from kernels.process_logits.triton import find_cut, truncated_tile
@@ -88,10 +89,15 @@ def _merge_kernel(
 
 
 def sample_tokens(
-    logits_RV: Tensor, place_Q: Tensor | None, sampling: RowSampling, position_Q: Tensor, mask_token_id: int | None
+    logits_RV: Tensor,
+    place_Q: Tensor | None,
+    sampling: RowSampling,
+    position_Q: Tensor,
+    mask_token_id: int | None,
+    settings: BlockSettings = LOGITS,
 ) -> Tensor:
     """The token that each of Q rows takes, [Q]. Any row stride; tokens are adjacent."""
-    return _draw(logits_RV, place_Q, sampling, position_Q, mask_token_id, None, has_probability=False)[0]
+    return _draw(logits_RV, place_Q, sampling, position_Q, mask_token_id, None, settings, has_probability=False)[0]
 
 
 def sample_drafts(
@@ -101,9 +107,10 @@ def sample_drafts(
     position_Q: Tensor,
     mask_token_id: int | None,
     draft_temperature: float | None,
+    settings: BlockSettings = LOGITS,
 ) -> tuple[Tensor, Tensor]:
     """Tokens at the draft temperature, and their probabilities: [Q] and [Q] float32."""
-    return _draw(logits_RV, place_Q, sampling, position_Q, mask_token_id, draft_temperature, has_probability=True)
+    return _draw(logits_RV, place_Q, sampling, position_Q, mask_token_id, draft_temperature, settings, has_probability=True)
 
 
 def _draw(
@@ -113,14 +120,15 @@ def _draw(
     position_Q: Tensor,
     mask_token_id: int | None,
     draft_temperature: float | None,
+    settings: BlockSettings,
     *,
     has_probability: bool,
 ) -> tuple[Tensor, Tensor]:
     rows = bind_rows(logits_RV, place_Q, sampling, mask_token_id)
-    cut = find_cut(rows, sampling)
+    cut = find_cut(rows, sampling, settings)
     is_noisy = sampling.needs.noise and draft_temperature != 0
     scale = (draft_temperature / sampling.temperature).float() if is_noisy and draft_temperature is not None else None
-    num_rows, chunks = len(position_Q), chunks_of(rows.vocab_size)
+    num_rows, chunks = len(position_Q), chunks_of(rows.vocab_size, settings)
     grid = (num_rows, chunks["CHUNKS"])
     device = logits_RV.device
     partial = torch.empty((*grid, 4), dtype=torch.float32, device=device)
@@ -129,7 +137,7 @@ def _draw(
     probability_Q = torch.empty(num_rows, dtype=torch.float32, device=device)
     options = {**chunks, "HAS_PROBABILITY": has_probability}
     seed = sampling.seed if is_noisy else None
-    block = block_size(rows.vocab_size)
-    _draw_kernel[grid](partial, partial_token, rows, cut, seed, position_Q, scale, BLOCK=block, **options, **LAUNCH)
+    launch = launch_of(rows.vocab_size, settings)
+    _draw_kernel[grid](partial, partial_token, rows, cut, seed, position_Q, scale, **options, **launch)
     _merge_kernel[(num_rows,)](token_Q, probability_Q, partial, partial_token, rows, **options, **LAUNCH_SMALL)
     return token_Q, probability_Q

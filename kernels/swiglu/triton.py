@@ -7,17 +7,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_BLOCK = 1024
+from kernels.launch import SWIGLU, BlockSettings
 
 
-def swiglu(gate_up: Tensor) -> Tensor:
+def swiglu(gate_up: Tensor, settings: BlockSettings = SWIGLU) -> Tensor:
     """``silu(gate) * up`` for ``gate_up`` [rows, 2 * width], gate first, whose last stride is 1; returns [rows, width]."""
     num_rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty((num_rows, width), dtype=gate_up.dtype, device=gate_up.device)
     assert gate_up.stride(1) == 1
     if num_rows:
-        grid = (num_rows, triton.cdiv(width, _BLOCK))
-        _swiglu_kernel[grid](out, gate_up, gate_up.stride(0), WIDTH=width, BLOCK=_BLOCK, num_warps=4)
+        grid = (num_rows, triton.cdiv(width, settings.block))
+        _swiglu_kernel[grid](out, gate_up, gate_up.stride(0), WIDTH=width, BLOCK=settings.block, num_warps=settings.num_warps)
     return out
 
 

@@ -2,7 +2,8 @@
 
 A call begins, and its arguments stream, as soon as its name is known and its arguments have begun: what turns out earlier to be
 no call becomes content, from its marker on. A call that breaks off later keeps the arguments it has, and the text that broke it
-is content. A call that the end of the text cuts off keeps what it has.
+is content. A call that the end of the text cuts off keeps what it has. Where a grammar forces calls that can be its name alone,
+and what comes before a name is dropped.
 
 Whitespace between a call and what stands before and behind it is layout and dropped: chat templates put it back.
 """
@@ -17,7 +18,12 @@ from server.parsers.events import Content, ToolCallArguments, ToolCallBegin
 
 
 class ToolParser(CharacterParser):
-    """Text with calls. Calls beyond ``max_calls`` are read and dropped."""
+    """Text with calls. Calls beyond ``max_calls`` are read and dropped.
+
+    ``_is_forced``: a grammar makes the text calls and nothing else, so a beginning that the end cuts off is that of a call.
+    """
+
+    _is_forced = False
 
     def __init__(self, *, max_calls: int | None = None) -> None:
         super().__init__()
@@ -85,8 +91,15 @@ class ToolParser(CharacterParser):
             yield
         if has_begun and (reader.is_complete or self._at == END):
             self._held.clear()
+        elif self._is_forced and self._at == END:
+            self._cut_call(reader)
         self._give_back()
         return reader.is_complete and has_begun
+
+    def _cut_call(self, reader: CallReader) -> None:
+        """The text ended before the arguments began: a call whose name is known has none, and no other text is content."""
+        if self._take_held().strip() and reader.name:
+            self._begin_call(reader.name)
 
     def _begin_call(self, name: str) -> None:
         self._space.clear()
@@ -202,6 +215,8 @@ def _is_name_character(character: str) -> bool:
 class NamedFunctionParser(ToolParser):
     """An answer that a grammar makes the arguments of one function."""
 
+    _is_forced = True
+
     def __init__(self, name: str, *, max_calls: int | None = None) -> None:
         super().__init__(max_calls=max_calls)
         self._name = name
@@ -214,6 +229,8 @@ class NamedFunctionParser(ToolParser):
 
 class CallArrayParser(ToolParser):
     """An answer that a grammar makes an array of calls, ``[{"name": ..., "parameters": {...}}, ...]``."""
+
+    _is_forced = True
 
     def _answer(self) -> Routine[None]:
         yield from self._hold_space()

@@ -14,6 +14,7 @@ from engine.core import EngineCore
 from engine.decode.auto import GoodputPolicy
 from engine.decode.goodput import CostTable
 from engine.decode.policy import Drafting
+from engine.decode.probes import Probe
 from engine.messages import EngineStats, FinishReason, GenerateRequest, GrammarSpec, Thinking, TokenLogprobs
 from engine.models.transformer import Transformer
 from engine.sampling_params import DecodingMode, SamplingParams, choice_seed
@@ -162,7 +163,9 @@ class _RandomPlans(GoodputPolicy):
         self.rng = rng
 
     def begin_step(self, num_requests: int, context: float) -> None:
-        self.shape, self._probes = self.rng.choice(self._shapes), self.rng.random() < 0.2
+        self._follow(self.rng.choice(self._shapes))
+        self._probes.now = self.rng.choice(list(Probe))
+        self._probes._has_drafted = self.rng.random() < 0.5
 
 
 def follow_random_plans(core: EngineCore, rng: random.Random) -> None:

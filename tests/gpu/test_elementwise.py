@@ -8,6 +8,7 @@ import torch
 from kernels.backend import REFERENCE, Kernels, triton_kernels
 from kernels.philox.reference import gumbel
 from kernels.rope_kv_write.metadata import RopeMetadata
+from tests.gpu.waiting import no_waiting
 from tests.kernels.checks import (
     EPS,
     NAN,
@@ -40,6 +41,7 @@ def kernels(request: pytest.FixtureRequest) -> Kernels:
     return REFERENCE if request.param == "reference" else triton_kernels(num_kv_heads=2)
 
 
+@pytest.mark.smoke_where(kernels="triton", dtype=torch.bfloat16, shape=(72, 4096))
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES + SHAPES_OF_MODELS)
 @pytest.mark.parametrize("check", [check_rms_norm, check_add_rms_norm, check_swiglu])
@@ -47,6 +49,7 @@ def test_rows(kernels, check, shape, dtype, device):
     check(kernels, shape, dtype, device)
 
 
+@pytest.mark.smoke_where(kernels="triton", dtype=torch.bfloat16, case="Qwen3-8B")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", ROPE_CASES | ROPE_OF_MODELS)
 def test_rope_kv_write(kernels, case, dtype, device):
@@ -88,17 +91,16 @@ def test_error_is_not_above_that_of_plain_torch(device):
         assert ours <= 1.01 * theirs
 
 
+@pytest.mark.smoke
 def test_nothing_waits_for_the_device(device):
     layer = Layer(triton_kernels(8), 5, device)
     layer.run()  # compiles
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         layer.run()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.smoke
 def test_a_captured_layer_follows_positions_and_slots(device):
     """Captured once, replayed with other positions, slots and activations: the same bits as a fresh launch."""
     layer = Layer(triton_kernels(8), 5, device)

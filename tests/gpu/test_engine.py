@@ -7,14 +7,19 @@ import dataclasses
 import pytest
 import torch
 
-from engine.config import Quantization
+from engine.config import CacheConfig, Quantization
 from engine.sampling_params import DecodingMode
 from tests.engine.bundled import PLANS, answers, bundled_engine, count_ties, double_model, question_prompts, requests_for
+from tests.engine.driver import drive
+from tests.gpu.waiting import no_waiting
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 BFLOAT16_TIE = 0.5
 """Logits near 20 are spaced by 0.125 in bfloat16, and the layers before them round, too."""
+
+FEW_PAGES = CacheConfig(num_pages=256)
+"""Leaves the memory to the other tests, beside which these run first."""
 
 
 @pytest.fixture(scope="module")
@@ -34,22 +39,37 @@ def test_float64_on_the_gpu_equals_the_cpu_in_every_mode(temperature, depth, enf
         assert answers(requests, num_branches, depth, 16, **options) == expected, mode
 
 
+@pytest.mark.smoke
+def test_a_mode_gives_the_answers_of_ar_at_both_depths(short_start, exact_model, record_property):
+    """A few answers, by Triton kernels in bfloat16, in captured steps."""
+    prompts = question_prompts()[:12]
+    options = {"dtype": "bfloat16", "device": "cuda", "kernels": "triton", "cache": FEW_PAGES}
+    expected = answers(requests_for(prompts, 0.0, DecodingMode.AR), 2, 0, 4, **options)
+    requests, num_ties = requests_for(prompts, 0.0, DecodingMode.TIDAR), 0
+    for depth in (0, 1):
+        core = bundled_engine(2, depth, 4, **options)
+        transcript = drive(core, requests)
+        assert core.graphs.num_replays > 0
+        given = [transcript.tokens(request.request_id) for request in requests]
+        num_ties += count_ties(exact_model, requests, given, expected, BFLOAT16_TIE)
+    record_property("ties", num_ties)
+
+
+@pytest.mark.smoke_where(kernels="triton", temperature=0.0, depth=1)
 @pytest.mark.parametrize("kernels", ["reference", "triton"])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("depth", [0, 1])
-def test_decode_steps_are_replayed_and_nothing_in_them_waits_for_the_device(kernels, temperature, depth):
-    core = bundled_engine(2, depth, 8, dtype="bfloat16", device="cuda", kernels=kernels, enforce_eager=False)
+def test_decode_steps_are_replayed_and_nothing_in_them_waits_for_the_device(kernels, temperature, depth, short_start):
+    options = {"kernels": kernels, "enforce_eager": False, "cache": FEW_PAGES}
+    core = bundled_engine(2, depth, 8, dtype="bfloat16", device="cuda", **options)
     for request in requests_for(question_prompts()[:8], temperature, DecodingMode.TIDAR):
         core.add(request)
     while not all(r.num_output_tokens for r in core.scheduler.running) or len(core.scheduler.running) < 8:
         core.step()
     replayed = core.graphs.num_replays
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         for _ in range(3):
             core.step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert core.graphs.num_replays == replayed + 3
 
 
@@ -59,12 +79,9 @@ def test_an_uncaptured_decode_step_does_not_wait_for_the_device_either():
         core.add(request)
     for _ in range(6):
         core.step()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         for _ in range(3):
             core.step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_a_sampled_batch_with_every_option_is_replayed_and_equals_the_uncaptured_one():

@@ -7,6 +7,7 @@ import functools
 import pytest
 import torch
 
+from kernels.linear.choice import measured_anew
 from kernels.linear.weight import quantize
 from tests.kernels.checks import normal
 from tests.kernels.linear_checks import SIZES, check_linear, check_rows_do_not_matter_to_each_other
@@ -31,21 +32,37 @@ def implementation(tile):
     return functools.partial(triton.linear, tile=tile)
 
 
-@pytest.mark.parametrize("quantized", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows", ROWS)
-@pytest.mark.parametrize("size", [*SIZES, *LAYERS], ids=str)
-def test_every_candidate(size, rows, dtype, quantized, device):
+def num_that_run(found, rows, size, dtype, device, quantized) -> int:
+    """How many tiles the device has the shared memory for. They have to be right."""
     from triton.runtime.errors import OutOfResources
 
     num_run = 0
-    for tile in tiles(*size, 1 if quantized else 2, rows):
+    for tile in found:
         try:
             check_linear(implementation(tile), rows, size, dtype, device, bias=True, quantized=quantized)
         except OutOfResources:
             continue
         num_run += 1
-    assert num_run >= 3
+    return num_run
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize("rows", [16, 72, 256])
+def test_the_extremes_of_the_candidates(rows, quantized, device):
+    """The first and the last, and the one that splits the sum most: all of them would be hundreds to compile."""
+    found = tiles(4096, 4096, 1 if quantized else 2, rows)
+    few = dict.fromkeys((found[0], found[-1], max(found, key=lambda tile: tile.split_k)))
+    assert num_that_run(few, rows, (4096, 4096), torch.bfloat16, device, quantized) >= 1
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("size", [*SIZES, *LAYERS], ids=str)
+def test_every_candidate(size, rows, dtype, quantized, device):
+    found = tiles(*size, 1 if quantized else 2, rows)
+    assert num_that_run(found, rows, size, dtype, device, quantized) >= 3
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -69,7 +86,7 @@ def test_the_choice_is_measured_and_computes_what_the_library_does(device):
     dense = [normal(1536, 2048, dtype=dtype, device=device, seed=i) for i in range(4)]
     weights = [*dense, *(quantize(w) for w in dense)]
     linear = TunedLinear()
-    table = linear.tune(weights, dtype, 512, print)
+    table = linear.tune(weights, dtype, 512, print, measured_anew)
     print("\n".join(table.lines()))
     assert table.measurements[0].library_seconds > 0
     for rows in (1, 40, 256, 500):
@@ -84,7 +101,7 @@ def test_a_choice_is_captured_and_replayed(device):
 
     weight = normal(4096, 4096, dtype=torch.bfloat16, device=device)
     linear = TunedLinear()
-    linear.tune([weight], torch.bfloat16, 16, print)
+    linear.tune([weight], torch.bfloat16, 16, print, measured_anew)
     x = normal(16, 4096, dtype=torch.bfloat16, device=device, seed=1)
     expected = linear(x, weight)
     graph = torch.cuda.CUDAGraph()

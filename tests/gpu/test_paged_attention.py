@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from kernels.paged_attention import reference
+from kernels.paged_attention.settings import AttentionSettings, TileSettings
+from tests.gpu.waiting import no_waiting
 from tests.kernels.cases import GRID, TOLERANCE, Case, Request, Shape, attend, build, check, plan
 from tests.kernels.invariance import check_clean_rows, check_company
 
@@ -45,10 +47,16 @@ IN_PIECES = {"min_split": 64, "num_programs": 4096}
 WHOLE = {"min_split": 2**30}
 """A program for every tile."""
 
+WIDE = {"settings": AttentionSettings((TileSettings(16, 128), TileSettings(128, 128, num_warps=8, num_stages=2)))}
+"""Key blocks of 128, which are two pages of 64."""
+
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("options", [{}, IN_PIECES, WHOLE, {"batch_invariant": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, IN_PIECES, WHOLE, WIDE, {"batch_invariant": True}], ids=["default", "pieces", "whole", "wide", "invariant"]
+)
 @pytest.mark.parametrize("name", LARGE)
+@pytest.mark.smoke_where(dtype=torch.bfloat16, options={}, name=["all branches, batch 1", "prefill beside decode"])
 def test_large(name, options, dtype, device):
     from kernels.paged_attention import triton
 
@@ -67,17 +75,15 @@ def test_error_is_not_above_that_of_plain_torch(dtype, device):
     assert errors[0] < 1.5 * errors[1] + 0.01 * TOLERANCE[dtype]
 
 
+@pytest.mark.smoke
 def test_nothing_waits_for_the_device(device):
     from kernels.paged_attention import triton
 
     case = build(*LARGE["pruned batch"], torch.bfloat16).to(torch.bfloat16, device)
     attend(triton, case)  # compiles
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         out = attend(triton, case)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     check(out, case)
 
 
@@ -109,6 +115,7 @@ STEPS = (
 """Of as many requests and at most as many rows as the first, which is captured."""
 
 
+@pytest.mark.smoke_where(dtype=torch.bfloat16, options={})
 @pytest.mark.parametrize("options", [{}, {"min_split": 64}, {"batch_invariant": True, "split_size": 256}], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_captured_step_follows_the_device(dtype, options, device):

@@ -8,6 +8,7 @@ import torch
 from kernels.backend import triton_kernels
 from kernels.process_logits import reference as process_reference
 from kernels.sampling import reference as sampling_reference
+from tests.gpu.waiting import no_waiting
 from tests.kernels.checks import check_noise, check_philox_words
 from tests.kernels.sampling_cases import (
     MASK,
@@ -45,11 +46,13 @@ def sampler():
     return triton
 
 
+@pytest.mark.smoke
 def test_noise(device):
     check_philox_words(device)
     check_noise(device)
 
 
+@pytest.mark.smoke_where(dtype=torch.bfloat16, vocab_size=151_936)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("vocab_size", VOCABULARIES)
 def test_mixed_rows(vocab_size, dtype, processing, sampler, device):
@@ -60,6 +63,7 @@ def test_mixed_rows(vocab_size, dtype, processing, sampler, device):
         check_draws(sampler, logits, sampling, draft_temperature)
 
 
+@pytest.mark.smoke_where(vocab_size=151_936, name="all")
 @pytest.mark.parametrize("name", ["grammar", "bias", "bans", "penalties", "all"])
 @pytest.mark.parametrize("rows", [MIXED, GREEDY], ids=["mixed", "greedy"])
 @pytest.mark.parametrize("vocab_size", [1003, 151_936])
@@ -98,6 +102,7 @@ def test_samples_follow_the_processed_softmax(row, sampler, device):
     check_distribution(sampler, row, device, 50_000)
 
 
+@pytest.mark.smoke
 def test_nothing_waits_for_the_device(device):
     kernels = triton_kernels(8)
     logits, sampling = random_logits(len(MIXED), 151_936, torch.bfloat16, device), sampling_of(MIXED, device)
@@ -109,11 +114,8 @@ def test_nothing_waits_for_the_device(device):
 
     run()  # compiles
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         run()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_a_captured_draw_follows_its_inputs(sampler, device):

@@ -8,17 +8,20 @@ import pytest
 import torch
 
 from kernels.backend import triton_kernels
+from tests.gpu.waiting import no_waiting
 from tests.kernels.step_cases import MASK, PAGE_SIZE, StepCase, check_lay_out, check_verify, random_step
 
 CASES = [StepCase(seed=seed, max_drafts=16, num_requests=100, **mode) for seed, mode in enumerate(StepCase.MODES)]
 CASES += [StepCase(seed=20 + seed, **mode) for seed, mode in enumerate(StepCase.MODES)]
 
 
+@pytest.mark.smoke_where(case=CASES[3])
 @pytest.mark.parametrize("case", CASES)
 def test_rows_are_those_of_the_reference(case, device):
     check_lay_out(triton_kernels(8), case, device)
 
 
+@pytest.mark.smoke_where(case=CASES[3])
 @pytest.mark.parametrize("chance", [None, 0.7])
 @pytest.mark.parametrize("case", CASES)
 def test_a_verdict_is_that_of_the_reference(case, chance, device):
@@ -32,6 +35,7 @@ def test_a_verdict_is_the_same_in_every_run(device):
         check_verify(triton_kernels(8), replace(case, seed=seed), None, True, device)
 
 
+@pytest.mark.smoke
 def test_nothing_waits_for_the_device(device):
     kernels, step = triton_kernels(8), random_step(StepCase(), device)
 
@@ -42,8 +46,5 @@ def test_nothing_waits_for_the_device(device):
 
     run()  # compiles
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         run()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")

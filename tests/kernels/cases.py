@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -211,7 +212,7 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-6, torch.float16: 4e-3, tor
 with the values."""
 
 
-def attend(implementation: ModuleType, case: Case, **options: int) -> Tensor:
+def attend(implementation: ModuleType, case: Case, **options: Any) -> Tensor:
     """Run ``prepare`` and ``paged_attention`` of an implementation."""
     prepared = implementation.prepare(case.metadata, case.shape.page, case.shape.group, case.q.dtype, **options)
     return implementation.paged_attention(case.q, case.k, case.v, case.k_cache, case.v_cache, prepared, case.scale)

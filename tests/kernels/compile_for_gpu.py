@@ -1,19 +1,16 @@
 """Compiles the Triton kernels to machine code for compute capability 9.0, without a GPU: ``python -m`` this module.
 
 Needs a process in which Triton is not interpreting. Prints registers a thread, bytes of stack (what did not fit them) and
-shared memory of each variant. With ``--few``, the attention is compiled in a few of its shapes.
+shared memory of each variant, and of the attention the instructions of its loop over the prefix. With ``--few``, it is compiled
+in a few of its shapes.
 """
 
 from __future__ import annotations
 
-import re
-import subprocess
 import sys
-import tempfile
 from typing import Any
 
 import triton
-from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -22,16 +19,15 @@ from kernels.linear.choice import LayerShape, candidates
 from kernels.paged_attention import triton as paged_attention
 from kernels.paged_attention import triton_kernels as attention_kernels
 from kernels.paged_attention import triton_work as attention_work
+from kernels.paged_attention.settings import ATTENTION, INVARIANT, PROCESSOR_REGISTERS, TileSettings
 from kernels.rms_norm import triton as rms_norm
 from kernels.rope_kv_write import triton as rope_kv_write
 from kernels.swiglu import triton as swiglu
+from tests.kernels.machine_code import disassembled, loops_with_products, resources
 
 TARGET = GPUTarget("cuda", 90, 32)
 SHARED_MEMORY, PROCESSOR_SHARED_MEMORY = 227 * 1024, 228 * 1024
 """Bytes that one program can use, and that a processor has."""
-
-REGISTERS = 64 * 1024
-"""Registers of a processor."""
 
 ATTENTION_SHAPES = (
     {"HEAD_DIM": 128, "BLOCK_D": 128, "GROUP": 4, "KV_HEADS": 8, "PAGE": 64},
@@ -40,8 +36,12 @@ ATTENTION_SHAPES = (
     {"HEAD_DIM": 80, "BLOCK_D": 128, "GROUP": 5, "KV_HEADS": 4, "PAGE": 16},
     {"HEAD_DIM": 64, "BLOCK_D": 64, "GROUP": 8, "KV_HEADS": 4, "PAGE": 64},
 )
-ATTENTION_SETTINGS = ((16, 0), (64, 0), (128, 0), (64, 1024))
-"""Tile height, and split size of the batch-invariant setting or 0."""
+ATTENTION_SETTINGS = (
+    *((tile, 0) for tile in ATTENTION.tiles),
+    *((tile, INVARIANT.split_size) for tile in INVARIANT.tiles),
+    (TileSettings(128, block_n=128, num_warps=8, num_stages=2), 0),
+)
+"""Tiles with the split size of the batch-invariant setting or 0: what is launched, and blocks of two pages."""
 
 # Qwen3-8B with everything on, the bundled model, and a head size and group that have to be padded, without a cache.
 ROPE_SIZES = ("HEADS", "KV_HEADS", "HEAD_DIM", "PAGE", "TILE", "HALF", "NORM", "SCALE", "WRITE")
@@ -94,42 +94,41 @@ def compile_kernel(
     return compiled
 
 
-def resources(cubin: bytes) -> tuple[int, int]:
-    """Registers a thread, and its bytes of stack: what did not fit them."""
-    report = inspect(cubin, knobs.nvidia.cuobjdump.path, "--dump-resource-usage")
-    found = re.search(r"REG:(\d+) STACK:(\d+)", report)
-    assert found, report
-    return int(found[1]), int(found[2])
-
-
-def inspect(cubin: bytes, *command: str) -> str:
-    """What a tool says of machine code."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        return subprocess.run([*command, file.name], check=True, capture_output=True, text=True).stdout
+def compile_tile(tile: TileSettings, shape: dict[str, int], split_size: int = 0) -> Any:
+    """Compile the attention as it is launched with a tile."""
+    return compile_kernel(
+        attention_kernels.attention_kernel,
+        shape | {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "SPLIT_SIZE": split_size},
+        tile.num_warps,
+        tile.num_stages,
+        maxnreg=tile.max_registers,
+        enable_fp_fusion=not split_size,
+    )
 
 
 def compile_attention(few: bool) -> None:
     """As many programs must fit a processor as the launch counts on. ``few``: every setting in one shape only."""
-    for number, (block_m, split_size) in enumerate(ATTENTION_SETTINGS):
-        options = {"warps": paged_attention._WARPS[block_m], "enable_fp_fusion": not split_size}
+    for number, (tile, split_size) in enumerate(ATTENTION_SETTINGS):
+        block_m, options = tile.block_m, {"warps": tile.num_warps, "enable_fp_fusion": not split_size}
         for shape in ATTENTION_SHAPES[number : number + 1] if few else ATTENTION_SHAPES:
-            constants = shape | {"BLOCK_M": block_m, "BLOCK_N": 64, "SPLIT_SIZE": split_size}
-            most = paged_attention._MAX_REGISTERS.get(block_m)
-            compiled = compile_kernel(attention_kernels.attention_kernel, constants, maxnreg=most, **options)
-            registers, threads = resources(compiled.asm["cubin"])[0], 32 * options["warps"]
-            fit = min(REGISTERS // (registers * threads), PROCESSOR_SHARED_MEMORY // (compiled.metadata.shared + 1024))
-            assert fit >= paged_attention._PROGRAMS_PER_PROCESSOR[block_m]
+            compiled = compile_tile(tile, shape, split_size)
+            registers, threads = resources(compiled.asm["cubin"])[0], 32 * tile.num_warps
+            shared = compiled.metadata.shared + 1024
+            fit = min(PROCESSOR_REGISTERS // (registers * threads), PROCESSOR_SHARED_MEMORY // shared)
+            assert fit >= tile.programs_per_processor
             assert "cp.async" in compiled.asm["ptx"], "loads run ahead of the products"
             assert ("wgmma.mma_async" in compiled.asm["ptx"]) == (block_m >= 64)
+            main_loop = loops_with_products(disassembled(compiled.asm["cubin"]))[0]
+            print(f"    {main_loop.total()} instructions for {tile.block_n} keys")
+            is_gathered = shape["PAGE"] < 64  # such keys have an address each, and one register too few
+            assert is_gathered or not main_loop["LDL"] + main_loop["STL"], "the loop over the prefix spills nothing"
             rows = block_m // paged_attention._MERGE_PROGRAMS
             pieces = 1 if split_size else paged_attention._MERGED // rows
             constants = {name: value for name, value in shape.items() if name != "PAGE"}
             constants |= {"BLOCK_M": block_m, "ROWS": rows, "PIECES": pieces}
             merge = compile_kernel(attention_kernels.merge_kernel, constants, **options)
             for kernel in (compiled, merge) if split_size else ():
-                machine_code = inspect(kernel.asm["cubin"], knobs.nvidia.nvdisasm.path, "--print-code")
+                machine_code = disassembled(kernel.asm["cubin"])
                 assert "FMUL" in machine_code
                 assert "FFMA" not in machine_code, "batch invariance rests on multiplications that stay multiplications"
     for split_size in (0, 1024):

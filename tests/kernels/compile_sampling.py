@@ -1,7 +1,7 @@
 """Compiles the sampling kernels for compute capability 9.0 as they are launched, without a GPU: ``python -m`` this module.
 
 Needs a process in which Triton is not interpreting. The code that launches runs on CPU tensors; every launch compiles, as
-specialised for its arguments, and nothing runs. Prints the kernels and their shared memory.
+specialised for its arguments, and nothing runs. Prints the kernels with registers a thread, bytes of stack and shared memory.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from triton.runtime.driver import driver
 from kernels.philox import triton as philox
 from kernels.process_logits import triton as process_logits
 from kernels.sampling import triton as sampling
+from tests.kernels.machine_code import resources
 from tests.kernels.sampling_cases import MIXED, Row, constraints, random_logits, sampling_of
 
 VOCAB_SIZE = 151_936
@@ -41,8 +42,8 @@ def compile_launches() -> None:
 
     def compile_only(self: JITFunction[Any], *args: Any, **options: Any) -> Any:
         kernel = run(self, *args, **options | {"warmup": True})
-        assert kernel.asm["cubin"]
-        print(self.fn.__name__, "shared memory", kernel.metadata.shared)
+        registers, stack = resources(kernel.asm["cubin"])
+        print(f"{self.fn.__name__}: {registers} registers, {stack} bytes of stack, {kernel.metadata.shared} of shared memory")
         return kernel
 
     JITFunction.run = compile_only

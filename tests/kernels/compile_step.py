@@ -24,8 +24,8 @@ from kernels.rope_kv_write.metadata import RopeMetadata
 from kernels.step_rows import triton as step_rows
 from kernels.step_rows.metadata import StepLayout, StepRows
 from kernels.verify import triton as verify
-from tests.kernels.compile_for_gpu import resources
 from tests.kernels.compile_sampling import compile_launches
+from tests.kernels.machine_code import resources
 from tests.kernels.sampling_cases import Row, sampling_of
 from tests.kernels.step_cases import MASK, PAGE_SIZE, StepCase, random_step
 

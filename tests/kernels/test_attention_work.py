@@ -9,8 +9,10 @@ import torch
 
 from kernels.mask_layout import CLEAN
 from kernels.paged_attention.metadata import AttentionMetadata
+from kernels.paged_attention.settings import TileSettings
 
-BLOCK_M, BLOCK_N, GROUP, HEADS = 64, 64, 4, 2
+TILE, GROUP, HEADS = TileSettings(64), 4, 2
+BLOCK_M, BLOCK_N = TILE.block_m, TILE.block_n
 SEGMENT = 1024
 
 
@@ -48,7 +50,7 @@ def test_every_key_of_every_tile_once(name, split_size, device):
     rows, prefixes = BATCHES[name]
     metadata = metadata_of(rows, prefixes, device)
     programs = 24
-    work = make_work_list(metadata, Height(BLOCK_M), GROUP, BLOCK_N, HEADS, programs, 256, split_size)
+    work = make_work_list(metadata, Height(TILE), GROUP, HEADS, programs, 256, split_size)
     num_items, num_merges, num_tiles = work.counts.tolist()
     assert num_items <= len(work.items)
     assert num_merges <= len(work.merges)
@@ -96,7 +98,7 @@ def test_pieces_fill_the_machine(device):
 
     def lengths(name: str) -> list[int]:
         metadata = metadata_of(*BATCHES[name], device)
-        work = make_work_list(metadata, Height(BLOCK_M), GROUP, BLOCK_N, HEADS, 24, 256, 0)
+        work = make_work_list(metadata, Height(TILE), GROUP, HEADS, 24, 256, 0)
         items = work.items[: work.counts[0]]
         return (items[:, 5] - items[:, 4]).tolist()
 

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from kernels.lanewise import lanewise
 from kernels.linear import reference
+from kernels.linear.choice import measured_anew
 from kernels.linear.invariant import TILE_ROWS, InvariantLinear, check
 from kernels.linear.weight import quantize
 from kernels.philox.reference import gumbel
@@ -60,7 +61,7 @@ def test_a_linear_layer_gives_a_row_the_same_bits_in_any_batch(dtype):
 @pytest.mark.parametrize("size", [(512, 256), (256, 640), (2048, 256), (64, 1536), (24, 16)])
 def test_the_shapes_of_small_models_pass_the_check(size):
     weight = torch.randn(size, generator=torch.Generator().manual_seed(1))
-    InvariantLinear().check([weight, weight.clone(), quantize(weight)], torch.float32, 100, lambda message: None)
+    InvariantLinear().check([weight, weight.clone(), quantize(weight)], torch.float32, 100, lambda message: None, measured_anew)
 
 
 def test_the_check_finds_a_row_that_depends_on_its_place_or_its_neighbours():

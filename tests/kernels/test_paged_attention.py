@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels.paged_attention import reference
+from kernels.paged_attention.settings import AttentionSettings, TileSettings
 from tests.kernels.cases import DECODE, GRID, MIXED, TENSORS, TOLERANCE, Request, Shape, attend, build, check, naive, plan
 
 NAN = float("nan")
@@ -107,6 +108,19 @@ def test_triton_with_the_context_in_pieces(name, dtype, device):
     check(attend(triton, case.poisoned(NAN), **SPLIT), case)
 
 
+@pytest.mark.parametrize("page", [64, 128, 48])
+@pytest.mark.parametrize("tile", [TileSettings(16, 128), TileSettings(64, 128, 8, 2, 1)], ids=str)
+def test_triton_with_large_key_blocks(tile, page, device):
+    """Of two pages, of one, and of parts of several; contexts that end in any of them."""
+    from kernels.paged_attention import triton
+
+    batch = (plan(333, 4, 1), Request(128, prefill=40), Request(65, drafts=3), Request(64), Request(1, drafts=2))
+    case = build(batch, Shape(kv_heads=1, page=page), torch.float16).to(torch.float16, device)
+    for min_split in (64, 2**30):
+        settings = AttentionSettings((tile,), min_split=min_split, num_programs=8)
+        check(attend(triton, case.poisoned(NAN), num_kv_heads=1, settings=settings), case)
+
+
 def test_triton_follows_the_device_alone(device):
     """A captured step is replayed with other prefix lengths and other rows: what the host knew at capture must not matter."""
     from kernels.paged_attention import triton
@@ -158,7 +172,7 @@ def test_triton_tiles_visit_only_keys_that_they_can_see(device):
     shape = Shape(group=1, kv_heads=1, head_dim=16)
     case = build(batch, shape, torch.float32).to(torch.float32, device)
     small, large = triton.prepare(case.metadata, shape.page, shape.group, torch.float32).lists
-    assert (small.block_m, large.block_m) == (16, 32)
+    assert (small.tile.block_m, large.tile.block_m) == (16, 32)
     # Request, first packed index, begin and end of the clean keys, begin and end of the mask keys.
     fields = [0, 3, 4, 5, 6, 7]
     assert small.items[: small.counts[0], fields[:4]].tolist() == [[1, 0, 0, 38]]

@@ -17,13 +17,28 @@ from tests.server.fake_engine import FakeEngine
 NUMBERS = st.one_of(st.integers(-3, 300), st.integers(), st.floats())
 WORDS = st.one_of(
     st.sampled_from(
-        ["", "a", "auto", "none", "required", "json_object", "json_schema", "function", "text", "user", "ar", "{", "("]
+        [
+            "",
+            "a",
+            "auto",
+            "none",
+            "required",
+            "json_object",
+            "json_schema",
+            "function",
+            "text",
+            "user",
+            "ar",
+            "{",
+            "(",
+            "\ud800",
+        ]
     ),
     st.text(max_size=5),
 )
 LEAVES = st.one_of(st.none(), st.booleans(), NUMBERS, WORDS)
 KEY_NAMES = """type function name parameters json_schema schema properties items $ref $defs anyOf enum role content text
-tool_calls arguments json regex choice pattern 5 include_usage required"""
+tool_calls arguments json regex choice pattern 5 include_usage required allowed_tools mode"""
 KEYS = st.sampled_from(KEY_NAMES.split())
 VALUES = st.recursive(
     LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=4), max_leaves=8

@@ -239,14 +239,6 @@ async def test_a_refusal_is_written_as_json(make_client):
     assert error["message"].endswith("or send false")
 
 
-async def test_routes_and_methods(make_client):
-    async with make_client(FakeEngine()) as client:
-        assert envelope(await client.get("/v2/nothing"), 404)["code"] == "not_found"
-        answer = await client.get(CHAT)
-        assert envelope(answer, 405)["code"] == "method_not_allowed"
-        assert "POST" in answer.headers["allow"]
-
-
 async def test_unknown_model(make_client):
     async with make_client(FakeEngine(), served_model_names=("a", "b")) as client:
         for answer in (await client.post(CHAT, json=chat(model="c")), await client.get("/v1/models/c")):

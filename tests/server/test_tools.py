@@ -5,10 +5,11 @@ from __future__ import annotations
 import functools
 import json
 
+import openai
 import pytest
 
 from engine import Thinking
-from tests.server.conftest import chat, message_of, message_of_whole, sse_data, text_script
+from tests.server.conftest import chat, listening, message_of, message_of_whole, sse_data, text_script
 from tests.server.fake_engine import FakeEngine
 
 pytestmark = pytest.mark.anyio
@@ -137,6 +138,41 @@ async def test_a_call_that_was_cut_off_is_no_finished_call(ask, tool_tokenizer):
     assert ARGUMENTS.startswith(message["calls"][0][1].rstrip("\ufffd"))
 
 
+REQUIRED_TEXT = f'[{{"name": "weather", "parameters": {ARGUMENTS}}}, {{"name": "time", "parameters": {{}}}}]'
+
+
+@pytest.mark.parametrize(("choice", "text"), [("required", REQUIRED_TEXT), (NAMED, ARGUMENTS)])
+async def test_a_demanded_call_that_is_cut_anywhere_is_never_content(make_app, tool_tokenizer, choice, text):
+    """Its arguments are as far as they came; before its name is known there is nothing to tell."""
+    engine = FakeEngine(lambda r: text_script(tool_tokenizer, text))
+    num_tokens = len(tool_tokenizer.encode(text, add_special_tokens=False))
+    fields = {
+        "model": "tidar",
+        "messages": [{"role": "user", "content": "hi"}],
+        "tools": [WEATHER, TIME],
+        "tool_choice": choice,
+    }
+    async with (
+        listening(make_app(engine, words=tool_tokenizer)) as url,
+        openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
+    ):
+        num_named = []
+        for max_tokens in range(1, num_tokens + 1):
+            whole = (await client.chat.completions.create(**fields, max_tokens=max_tokens)).choices[0]
+            calls = [(call.function.name, call.function.arguments) for call in whole.message.tool_calls or ()]
+            stream = await client.chat.completions.create(**fields, max_tokens=max_tokens, stream=True)
+            streamed = message_of([chunk.model_dump() async for chunk in stream])
+            assert (whole.finish_reason, streamed["finish_reason"]) == ("length", "length")
+            assert (whole.message.content or "", streamed["content"]) == ("", "")
+            assert streamed["calls"] == calls
+            for (name, arguments), (full_name, full) in zip(calls, [("weather", ARGUMENTS), ("time", "{}")], strict=False):
+                assert name == full_name
+                assert full.startswith(arguments.rstrip("\ufffd"))
+            num_named.append(len(calls))
+    assert num_named == sorted(num_named)
+    assert set(num_named) == ({0, 1, 2} if choice == "required" else {1})
+
+
 async def test_choices_call_each_for_itself(make_client, tool_tokenizer):
     texts = {"0": CALL, "1": "no call", "2": OTHER_CALL}
     engine = FakeEngine(lambda r: text_script(tool_tokenizer, texts[r.request_id[-1]], 3))
@@ -185,13 +221,58 @@ async def test_response_format_gives_way_to_a_demanded_call(ask):
     assert "city" in request.grammar.source
 
 
+@pytest.mark.parametrize("step", [1, 3, 100])
+async def test_a_model_that_decides_beside_response_format(ask, step, tool_tokenizer):
+    """It calls, or its answer follows the schema: the grammar has both, and the parser tells them apart."""
+    schema = {
+        "type": "object",
+        "properties": {"rain": {"type": "boolean"}},
+        "required": ["rain"],
+        "additionalProperties": False,
+    }
+    fields = {
+        "tools": [WEATHER, TIME],
+        "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}},
+    }
+    message, request = await ask('{"rain": true}', step, **fields)
+    assert (message["content"], message["calls"], message["finish_reason"]) == ('{"rain": true}', [], "stop")
+    for part in ("rain", "city", "time", f"<[{tool_tokenizer.id_of('<tool_call>')}]>"):
+        assert part in request.grammar.source
+    message, _ = await ask(f"{CALL}\n{OTHER_CALL}", step, **fields)
+    assert (message["content"], message["calls"]) == ("", [("weather", ARGUMENTS), ("time", "{}")])
+    assert message["finish_reason"] == "tool_calls"
+
+
+async def test_allowed_tools_are_the_only_ones(ask, tool_tokenizer):
+    for mode, has_grammar in (("auto", False), ("required", True)):
+        _, request = await ask("[]", tools=[WEATHER, TIME], tool_choice=allowed(mode, "time"))
+        prompt = tool_tokenizer.decode(request.prompt_token_ids, skip_special_tokens=False)
+        assert "<|system|>time<|end|>" in prompt
+        assert "weather" not in prompt
+        assert (request.grammar is not None) is has_grammar
+        if has_grammar:
+            assert "city" not in request.grammar.source
+    message, _ = await ask(
+        '[{"name": "time", "parameters": {}}]', tools=[WEATHER, TIME], tool_choice=allowed("required", "time")
+    )
+    assert (message["calls"], message["finish_reason"]) == ([("time", "{}")], "tool_calls")
+
+
 def tool(**changes):
     return {"type": "function", "function": {"name": "f", **changes}}
 
 
+def allowed(mode, *names):
+    tools = [{"type": "function", "function": {"name": name}} for name in names]
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}
+
+
 DEEP = functools.reduce(lambda inner, _: {"type": "array", "items": inner}, range(300), {})
 
+LARGE = [tool(name=f"f{i}", parameters={"properties": {"a": {"enum": ["x" * 3000]}}}) for i in range(100)]
+
 WRONG = [
+    ({"tools": LARGE, "tool_choice": "required"}, "tools", "tools makes a grammar of"),
     ({"tools": [{"type": "custom", "custom": {"name": "f"}}]}, "tools", "tools.0.type"),
     ({"tools": [{"type": "function"}]}, "tools", "tools.0.function"),
     ({"tools": [tool(), tool(name="no spaces")]}, "tools", "tools.1.function.name"),
@@ -204,14 +285,31 @@ WRONG = [
     ({"tools": [tool()], "tool_choice": {"type": "function", "function": "f"}}, "tool_choice", "none, auto, required"),
     ({"tools": [tool()], "tool_choice": {"type": "function", "function": {"name": ["f"]}}}, "tool_choice", "none, auto"),
     ({"tools": [tool()], "tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice", "'g'"),
-    ({"tools": [tool()], "tool_choice": {"type": "allowed_tools"}}, "tool_choice", "none, auto, required"),
-    ({"tools": [tool()], "response_format": {"type": "json_object"}}, "tool_choice", "leaves no room"),
+    ({"tools": [tool()], "tool_choice": {"type": "allowed_tools"}}, "tool_choice", "tool_choice.allowed_tools.mode"),
+    ({"tools": [tool()], "tool_choice": allowed("none", "f")}, "tool_choice", "tool_choice.allowed_tools.mode"),
+    ({"tools": [tool()], "tool_choice": allowed("auto")}, "tool_choice", "tool_choice.allowed_tools.tools must be a list"),
+    ({"tools": [tool()], "tool_choice": allowed("auto", "f", "g")}, "tool_choice", "allowed_tools.tools.1 names 'g'"),
+    ({"tools": [tool()], "tool_choice": allowed("auto", ["f"])}, "tool_choice", "allowed_tools.tools.0 must be a function"),
+    ({"tools": [tool()], "guided_regex": "a+"}, "tool_choice", "only a JSON answer"),
+    ({"tools": [tool()], "guided_choice": ["a"]}, "tool_choice", "only a JSON answer"),
+    ({"tool_choice": allowed("auto", "f")}, "tool_choice", "allowed_tools.tools.0 names 'f'"),
+    (
+        {"tools": [tool(), tool(name="g", parameters={"not": {}})], "response_format": {"type": "json_object"}},
+        "tools",
+        "tools.1.function.parameters cannot be used, at $",
+    ),
+    (
+        {"tools": [tool(), tool(name="g", parameters={"not": {}})], "tool_choice": allowed("required", "g")},
+        "tools",
+        "tools.1.function.parameters cannot be used, at $",
+    ),
     (
         {"tools": [tool(), tool(name="g", parameters={"properties": {"a": {"type": "wrong"}}})], "tool_choice": "required"},
         "tools",
         "tools.1.function.parameters cannot be used, at $.properties.a",
     ),
-    ({"tools": [tool(parameters={"properties": {"a": DEEP}})], "tool_choice": "required"}, "tools", "tools.0"),
+    ({"tools": [tool(parameters={"properties": {"a": DEEP}})], "tool_choice": "required"}, "tools", "tools.0 is nested"),
+    ({"tools": [tool(), tool(name="g", parameters={"properties": {"a": DEEP}})]}, "tools", "tools.1 is nested"),
 ]
 
 
@@ -235,7 +333,7 @@ async def test_a_model_whose_calls_nobody_can_read_is_not_offered_tools(make_cli
         assert (await client.post(URL, json=chat(tools=[WEATHER], tool_choice=NAMED))).status_code == 200
 
 
-@pytest.mark.parametrize("arguments", ["{", "[" * 100_000, "not json"])
+@pytest.mark.parametrize("arguments", ["{", "[" * 100_000, '{"a": ' * 101 + "1" + "}" * 101, "not json", '"\\ud800"'])
 async def test_a_wrong_call_in_the_conversation_is_a_400(make_client, tool_tokenizer, arguments):
     call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": arguments}}
     messages = [{"role": "assistant", "tool_calls": [call]}, {"role": "user", "content": "x"}]

@@ -3,6 +3,7 @@
 from benchmarks.gpu.sections import (
     attention,
     checks,
+    checks_all,
     elementwise,
     fp8,
     gemm,
@@ -15,6 +16,7 @@ from benchmarks.gpu.sections import (
     step,
     streams,
     throughput,
+    tune,
     yardsticks,
 )
 from benchmarks.gpu.sections.base import Section
@@ -25,6 +27,7 @@ SECTIONS: tuple[Section, ...] = tuple(
         checks,
         machine,
         gemm,
+        tune,
         attention,
         elementwise,
         sampling,
@@ -37,6 +40,7 @@ SECTIONS: tuple[Section, ...] = tuple(
         invariant,
         fp8,
         profile,
+        checks_all,
     )
 )
 """Linear layers come early: what is chosen for them is reused by every engine behind them."""

@@ -7,14 +7,13 @@ from dataclasses import replace
 
 import torch
 
-from benchmarks.gpu.attention_case import AttentionCase, attention_case
+from benchmarks.gpu.attention_case import AttentionCase, attention_case, attention_rig
 from benchmarks.gpu.bench import Bench
-from benchmarks.gpu.engines import AR, PAGE, Limits, StepRig, linear, plan_name, tidar
-from benchmarks.gpu.random_model import random_model
+from benchmarks.gpu.engines import AR, PAGE, linear, plan_name, tidar
 from benchmarks.gpu.record import Cell, Record
 from benchmarks.gpu.sections.base import Cells, Section, attempt, tabulate
 from benchmarks.gpu.shapes import one_layer
-from kernels.backend import REFERENCE, Kernels
+from kernels.backend import Kernels
 
 PLANS = (tidar(8, 8), tidar(16, 7), tidar(16, 16), tidar(4, 4), AR, linear(16), linear(8))
 """72, 128, 272, 20, 1, 16 and 8 rows."""
@@ -30,10 +29,7 @@ def cases(bench: Bench, model: str) -> Iterator[tuple[Cell, AttentionCase]]:
     """Every size with its case; those that do not fit the memory are left out."""
     config = one_layer(bench.config(model))
     contexts, batches = bench.pick(CONTEXTS, (128, 64)), bench.pick(BATCHES, (2,))
-    longest = max(contexts) + 512
-    pages = 1 + max(batches) * (longest // PAGE + 1)
-    network = random_model(config, bench.dtype, bench.device, REFERENCE)
-    rig = StepRig(bench, network, Limits(max(batches), longest, pages, max_rows=max(batches) * 272))
+    rig = attention_rig(bench, config, max(batches), max(contexts), max_rows=272)
     for context in contexts:
         for batch in batches:
             for plan in bench.pick(PLANS, (tidar(4, 2), AR)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -57,6 +58,21 @@ def tabulate(records: list[Record], columns: tuple[Column, ...]) -> str:
         error = [str(cell.get("error", ""))[:60]] if with_error else []
         rows.append([*([part] if with_part else []), *values, *error])
     return table(header, rows) if rows else "nothing was measured"
+
+
+def engine_lines(records: list[Record]) -> list[str]:
+    """What the engines of these records were made of, and what their graphs took at last, for below a table."""
+    lines = []
+    for record in records:
+        graphs = next((cell for cell in reversed(record.cells) if "graph_bytes" in cell), None)
+        took = "" if graphs is None else f"; {graphs['graphs']} graphs took {graphs['graph_bytes'] / 2**30:.2f} GiB"
+        for engine in (cell["engine"] for cell in record.cells if "engine" in cell):
+            triton = [name for name, where in engine["operations"].items() if re.search(r"\.(triton|tuned)\b", where)]
+            lines.append(
+                f"{record.part}: kernels {engine['kernels']}, from Triton: {', '.join(triton) or 'none'}; linear layers: "
+                f"{engine['settings'].get('linear layers', 'not measured')}{took}"
+            )
+    return lines
 
 
 def formatted(value: object, form: str = "") -> str:

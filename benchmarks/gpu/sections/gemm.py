@@ -10,8 +10,11 @@ from benchmarks.gpu.record import Cell, Record
 from benchmarks.gpu.sections.base import Cells, Section, attempt, tabulate
 from benchmarks.gpu.shapes import Work, linear_shapes
 from kernels.backend import Kernels
+from kernels.linear.choice import measured_anew
 
-ROWS = (1, 8, 16, 32, 48, 64, 72, 96, 128, 160, 192, 256, 512, 1024)
+ROWS = (1, 72, 128, 16, 256, 8, 32, 64, 48, 96, 160, 192, 512, 1024)
+"""Those of the steps that the targets are about first."""
+
 CHOSEN_AT = 256
 """Rows above this are the library's."""
 
@@ -22,7 +25,7 @@ def run(bench: Bench, model: str) -> Cells:
     kernels = bench.kernels(bench.kernel_names[0], model)
     weights = {name: _weights(bench, shape) for name, shape in linear_shapes(config).items()}
     flat = [weight for copies in weights.values() for weight in copies]
-    chosen = kernels.prepare_linear(flat, bench.dtype, CHOSEN_AT, lambda message: print(message, flush=True))
+    chosen = kernels.prepare_linear(flat, bench.dtype, CHOSEN_AT, lambda message: print(message, flush=True), measured_anew)
     for measurement in chosen.measurements if chosen is not None else ():
         yield {"choice": plain(measurement)}
     for rows in bench.pick(ROWS, (1, 8)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from benchmarks.gpu.engines import PAGE, Limits, build_core, engine_config
 from benchmarks.gpu.loop import drain, make_requests
 from benchmarks.gpu.peers import continuous_batching, gpt_fast, mini_sglang, transformers_generate
 from benchmarks.gpu.peers.base import Peer, run_peer
+from benchmarks.gpu.processes import run_group
 from benchmarks.gpu.random_model import random_model
 from benchmarks.gpu.record import Cell, Record
 from benchmarks.gpu.sections.base import Cells, Section, attempt, tabulate
@@ -62,14 +64,18 @@ def _theirs(bench: Bench, model: str, kind: str) -> Cell:
         with torch.inference_mode(False):
             return run_peer(PROGRAMS[kind], [*arguments, "--dry-run"])
     command = [sys.executable, "-m", f"benchmarks.gpu.peers.{kind}", *arguments]
-    try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=SECONDS - 10, check=False)
-    except subprocess.TimeoutExpired:
-        return {"error": f"not finished after {SECONDS - 10:.0f} s"}
-    last = (done.stdout.strip().splitlines() or [""])[-1]
-    if done.returncode or not last.startswith("{"):
-        return {"error": f"ended with {done.returncode}: {' '.join(done.stderr.split())[-400:]}"}
-    return dict(json.loads(last))
+    seconds = max(1.0, bench.seconds_left)
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "output.txt"
+        try:
+            code = run_group(command, ROOT, seconds, output)
+        except subprocess.TimeoutExpired:
+            return {"error": f"not finished after {seconds:.0f} s"}
+        text = output.read_text(errors="replace").strip()
+    found = [line for line in text.splitlines() if line.startswith("{")]
+    if code or not found:
+        return {"error": f"ended with {code}: {' '.join(text.split())[-400:]}"}
+    return dict(json.loads(found[-1]))
 
 
 def show(records: list[Record]) -> str:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 import itertools
 import json
-import resource
 import shutil
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -16,10 +17,10 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks.gpu.bench import Bench
-from benchmarks.gpu.engines import PAGE
+from benchmarks.gpu.engines import PAGE, facts
 from benchmarks.gpu.random_model import random_model
 from benchmarks.gpu.record import Cell, Record
-from benchmarks.gpu.sections.base import Cells, Section, attempt, tabulate
+from benchmarks.gpu.sections.base import Cells, Section, attempt, engine_lines, tabulate
 from benchmarks.gpu.sections.throughput import start
 from engine.config import SchedulerConfig
 from engine.kv_cache import page_bytes
@@ -27,6 +28,9 @@ from engine.memory import CudaMemory
 from engine.models.loader import load_model
 from engine.models.places import named_tensors
 from engine.models.transformer import Transformer
+
+ROOT = Path(__file__).parents[3]
+LOAD_SECONDS = 120.0
 
 
 def run(bench: Bench, model: str) -> Cells:
@@ -36,13 +40,13 @@ def run(bench: Bench, model: str) -> Cells:
     network = random_model(config, bench.dtype, bench.device, bench.kernels("reference", model))
     _wait(bench)
     yield {"what": "random weights made on the device", "seconds": time.perf_counter() - begun, "bytes": _used(bench) - before}
-    yield attempt({"what": "weights loaded from safetensors"}, functools.partial(_load, bench, network))
+    yield attempt({"what": "weights loaded from safetensors"}, functools.partial(_load, bench, model, network))
     del network
     bench.release()
     yield from _messages(bench, model)
 
 
-def _load(bench: Bench, network: Transformer) -> Cell:
+def _load(bench: Bench, model: str, network: Transformer) -> Cell:
     """Load what was just written, so that the file is in the page cache: the loader's own part of the time."""
     folder = Path(tempfile.mkdtemp(prefix="checkpoint-"))
     try:
@@ -50,23 +54,34 @@ def _load(bench: Bench, network: Transformer) -> Cell:
         save_file(weights, folder / "model.safetensors")
         del weights
         (folder / "config.json").write_text(json.dumps({}))
-        host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         begun = time.perf_counter()
         loaded = load_model(folder, network.config, bench.dtype, bench.device)
         _wait(bench)
         seconds = time.perf_counter() - begun
         size = sum(p.numel() * p.element_size() for p in loaded.parameters())
         is_equal = all(torch.equal(a, b) for a, b in zip(loaded.parameters(), network.parameters(), strict=True))
-        peak = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - host)
-        return {"seconds": seconds, "bytes": size, "host_peak_grew_by": peak, "is_equal": is_equal}
+        del loaded
+        return {"seconds": seconds, "bytes": size, "is_equal": is_equal} | host_memory(bench, model, folder)
     finally:
         shutil.rmtree(folder)
+
+
+def host_memory(bench: Bench, model: str, folder: Path) -> Cell:
+    """Load once more in a process of its own. On a GPU nothing should stay on the host, and no second copy be made there."""
+    dry = ["--dry-run"] if bench.is_dry else []
+    command = [sys.executable, "-m", "benchmarks.gpu.host_memory", str(folder), "--model", model, *dry]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=LOAD_SECONDS, check=False)
+    if done.returncode:
+        return {"error": f"host memory: {' '.join(done.stderr.split())[-300:]}"}
+    found = json.loads(done.stdout.splitlines()[-1])
+    return {"host_peak_grew_by": found["peak_grew_by"], "host_kept": found["after"] - found["before"]}
 
 
 def _messages(bench: Bench, model: str) -> Cells:
     """Seconds between the messages that a start prints, and memory before and after."""
     moments: list[tuple[float, str]] = []
     before, begun = _used(bench), time.perf_counter()
+    capture = bench.capture
     core = start(
         bench,
         model,
@@ -75,6 +90,7 @@ def _messages(bench: Bench, model: str) -> Cells:
         max_rows=SchedulerConfig().max_num_batched_tokens,
         progress=lambda text: moments.append((time.perf_counter(), text)),
         memory=_DryMemory() if bench.is_dry else CudaMemory(bench.device),
+        capture=capture,
     )
     _wait(bench)
     ended = time.perf_counter()
@@ -86,6 +102,7 @@ def _messages(bench: Bench, model: str) -> Cells:
         spent[kind] = spent.get(kind, 0.0) + until - since
     for kind, seconds in spent.items():
         yield {"what": f"after: {kind}", "seconds": seconds}
+    yield facts(core) | capture.figures
     pages = core.info.num_pages
     size = pages * page_bytes(core.runner.model.config, PAGE, bench.dtype)
     yield {"what": f"KV cache of {pages} pages", "bytes": size}
@@ -132,7 +149,7 @@ def show(records: list[Record]) -> str:
         ("host peak grew, GiB", "host GiB", ".2f"),
         ("what", "what", ""),
     )
-    return tabulate(records, columns)
+    return "\n".join([tabulate(records, columns), *engine_lines(records)])
 
 
 SECTION = Section("start", "how long does a start take, and where does the memory go?", run, show, 200.0, per_model=True)

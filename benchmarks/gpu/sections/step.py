@@ -2,33 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import torch
 
 from benchmarks.gpu.bench import Bench
-from benchmarks.gpu.engines import AR, PAGE, ROOM, Limits, StepRig, linear, plan_name, redraft, tidar
+from benchmarks.gpu.engines import AR, PAGE, ROOM, Limits, StepRig, facts, linear, plan_name, redraft, tidar
 from benchmarks.gpu.random_model import random_model
 from benchmarks.gpu.record import Cell, Record
-from benchmarks.gpu.sections.base import Cells, Section, attempt, tabulate
+from benchmarks.gpu.sections.base import Cells, Section, attempt, engine_lines, tabulate
 from benchmarks.gpu.shapes import step_work
 from engine.step import DraftPlan
 
+FIRST = (AR, tidar(8, 8), tidar(16, 7), tidar(16, 1), linear(16))
+"""Those of the targets, and those that compete at larger batches: at every size before the others at any."""
+
 PLANS = (
-    AR,
-    tidar(8, 8),
-    tidar(16, 7),
-    *(tidar(16, branches) for branches in (1, 2, 3, 5, 16)),
-    linear(16),
+    *FIRST,
+    *(tidar(16, branches) for branches in (2, 3, 5, 16)),
     redraft(16),
     *(tidar(8, branches) for branches in (1, 3)),
     linear(8),
     *(tidar(4, branches) for branches in (1, 4)),
     linear(4),
 )
-"""The plans of the targets first."""
 
 BATCHES, CONTEXTS = (1, 8, 32, 128, 256), (1024, 8192)
 MAX_ROWS = 2048
 SAMPLED_PLANS = (AR, tidar(16, 7))
+
+
+def order(contexts: Sequence[int], batches: Sequence[int], plans: Sequence[DraftPlan]) -> Iterator[tuple[int, int, DraftPlan]]:
+    """The cells, those that matter most first: a part may be cut."""
+    for some in ([plan for plan in plans if plan in FIRST], [plan for plan in plans if plan not in FIRST]):
+        for context in contexts:
+            for batch in batches:
+                yield from ((context, batch, plan) for plan in some if batch * plan.num_rows <= MAX_ROWS)
 
 
 def run(bench: Bench, part: str) -> Cells:
@@ -44,14 +53,13 @@ def run(bench: Bench, part: str) -> Cells:
     longest = 2 * contexts[0] if kind == "reference" else bench.size(16_384, 512)
     pages = 1 + max(batches) * (max(contexts) + ROOM) // PAGE
     rig = StepRig(bench, network, Limits(max(batches), longest, pages, MAX_ROWS))
-    for context in contexts:
-        for batch in batches:
-            base: float | None = None
-            for plan in plans:
-                if batch * plan.num_rows <= MAX_ROWS:
-                    cell = _cell(bench, rig, model, kind, batch, plan, context, base)
-                    base = cell.get("ms") if plan == AR else base
-                    yield cell
+    yield facts(rig.core)
+    base: dict[tuple[int, int], float] = {}
+    for context, batch, plan in order(contexts, batches, plans):
+        cell = _cell(bench, rig, model, kind, batch, plan, context, base.get((context, batch)))
+        if plan == AR and "ms" in cell:
+            base[context, batch] = cell["ms"]
+        yield cell
     for batch in batches[:3]:
         for plan in (plan for plan in SAMPLED_PLANS if kind != "reference"):
             yield _cell(bench, rig, model, kind, batch, plan, contexts[0], None, temperature=1.0)
@@ -87,6 +95,7 @@ def _cell(
             "of_bandwidth": work.num_bytes / ms * 1e3 / bench.ceilings.bytes_per_second,
             "is_replayed": is_replayed,
             "pages": "own" if rig.has_own_pages(batch, context) else "shared",
+            **rig.capture.figures,
         }
 
     return attempt(cell, measure)
@@ -108,7 +117,7 @@ def show(records: list[Record]) -> str:
         ("replayed", "is_replayed", ""),
         ("pages", "pages", ""),
     )
-    return tabulate(records, columns)
+    return "\n".join([tabulate(records, columns), *engine_lines(records)])
 
 
 SECTION = Section(

@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 from benchmarks.gpu.bench import Bench
-from benchmarks.gpu.engines import PAGE, Limits, build_core, engine_config
+from benchmarks.gpu.engines import PAGE, Limits, build_core, engine_config, facts
 from benchmarks.gpu.loop import Window, decode_window, device_ms, drain, make_requests, together
 from benchmarks.gpu.random_model import random_model
 from benchmarks.gpu.record import Cell, Record
-from benchmarks.gpu.sections.base import Cells, Section, attempt, tabulate
+from benchmarks.gpu.sections.base import Cells, Section, attempt, engine_lines, tabulate
 from benchmarks.gpu.shapes import BLOCK_LENGTH, step_work
 from engine.config import DecodeConfig
 from engine.core import EngineCore
+from engine.cuda_graphs import Capture
 from engine.decode.goodput import Acceptance, PlanShape, expect
 from engine.decode.policy import Drafting
 from engine.memory import DeviceMemory
@@ -52,28 +53,34 @@ def run(bench: Bench, part: str) -> Cells:
 
 
 def _plans(bench: Bench, model: str) -> Cells:
-    """``ar`` and ``auto`` at every batch, then the other plans; depth 0 at last."""
-    batches = list(bench.pick(BATCHES, (1, 2)))
-    core = start(bench, model, max(batches), bench.size(4096, 512))
-    fixed = dict(list(FIXED.items())[: len(FIXED) if not bench.is_dry else 3])
-    for batch in batches:
-        for name in ("ar", "auto"):
-            yield cell(bench, core, model, name, batch)
-    for batch in batches:
-        for name in list(fixed)[1:]:
-            shape = fixed[name][1]
-            if batch * (shape.block_length + shape.num_branches * shape.block_length) <= MAX_ROWS:
-                yield cell(bench, core, model, name, batch)
+    """``ar`` and ``auto`` at every batch, which the targets are about, then the other plans; depth 0 at last."""
+    batches, capture = list(bench.pick(BATCHES, (1, 2))), bench.capture
+    core = start(bench, model, max(batches), bench.size(4096, 512), capture=capture)
+    yield facts(core)
+    for batch, name in order(batches, list(FIXED)[1 : 3 if bench.is_dry else None]):
+        yield cell(bench, core, model, name, batch) | capture.figures
     core.depth = 0
     for batch in batches[:3]:
         for name in ("ar", "tidar 16x7"):
-            yield cell(bench, core, model, name, batch)
+            yield cell(bench, core, model, name, batch) | capture.figures
+
+
+def order(batches: Sequence[int], fixed: Sequence[str]) -> Iterator[tuple[int, str]]:
+    """The cells, those that matter most first: a part may be cut."""
+    yield from ((batch, name) for batch in batches for name in ("ar", "auto"))
+    for batch in batches:
+        for name in fixed:
+            shape = FIXED[name][1]
+            if batch * (shape.block_length + shape.num_branches * shape.block_length) <= MAX_ROWS:
+                yield batch, name
 
 
 def _long(bench: Bench, model: str) -> Cells:
     """Many requests from their prompts to their ends, by ``ar``, against the roofline of exactly that work."""
     count, tokens = bench.size(256, 3), bench.size(1024, 32)
-    core = start(bench, model, count, 2 * tokens + PAGE, DecodingMode.AR, bench.size(8192, 256))
+    capture = bench.capture
+    core = start(bench, model, count, 2 * tokens + PAGE, DecodingMode.AR, bench.size(8192, 256), capture=capture)
+    yield facts(core) | capture.figures
     found: Cell = {"model": model, "name": f"ar, {count} requests of {tokens}/{tokens}", "plan": "ar, long", "batch": count}
 
     def measure() -> Cell:
@@ -115,6 +122,7 @@ def start(
     max_rows: int = MAX_ROWS,
     progress: Callable[[str], None] = print,
     memory: DeviceMemory | None = None,
+    capture: Capture | None = None,
 ) -> EngineCore:
     """An engine with everything that a start does, and an imposed acceptance. With a ``memory`` it sizes its pages itself."""
     network = random_model(bench.config(model), bench.dtype, bench.device, bench.kernels(bench.kernel_names[0], model))
@@ -124,7 +132,7 @@ def start(
     config = engine_config(bench, network.config, limits, decode, share_prefixes=True)
     if memory is not None:
         config = dataclasses.replace(config, cache=dataclasses.replace(config.cache, num_pages=None))
-    return build_core(config, network, max_model_len, bench.capture, progress, memory)
+    return build_core(config, network, max_model_len, capture or bench.capture, progress, memory)
 
 
 def cell(bench: Bench, core: EngineCore, model: str, name: str, batch: int) -> Cell:
@@ -237,7 +245,7 @@ def show(records: list[Record]) -> str:
         ("/ roofline", "of_roofline", ".2f"),
         ("chosen", "chosen", ""),
     )
-    return tabulate(over_ar(records), columns)
+    return "\n".join([tabulate(over_ar(records), columns), *engine_lines(records)])
 
 
 SECTION = Section(

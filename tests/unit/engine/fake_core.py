@@ -8,6 +8,7 @@ only after a request whose id begins with ``release`` has come, ``wrong`` does n
 
 from __future__ import annotations
 
+import atexit
 import os
 import threading
 from collections.abc import Callable
@@ -64,6 +65,8 @@ def build(config: EngineConfig, progress: Callable[[str], None]) -> FakeCore:
             raise ZeroDivisionError("oops")
         case "stuck":
             threading.Event().wait()
+        case "long farewell":
+            atexit.register(print, "taken apart", flush=True)
     progress("ready soon")
     return FakeCore()
 

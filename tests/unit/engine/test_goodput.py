@@ -1,21 +1,24 @@
-"""The plan of ``auto``: arithmetic by hand, and in the steady state against every fixed plan.
-
-The simulation's device accepts each draft with one chance, and runs the branches that are likeliest under it. One cost table
-was measured on two CPU cores with the bundled model; the other is *modelled*: an 8B model on an H200 at 1k context, from its
-memory bandwidth and arithmetic, which no GPU has confirmed yet.
-"""
+"""The plan of ``auto``: arithmetic by hand, and step by step against every fixed plan (``benchmarks/plan_policy.py``)."""
 
 from __future__ import annotations
 
-import json
 import random
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from engine.decode.auto import HYSTERESIS, STEPS_BETWEEN_CHOICES, STEPS_BETWEEN_PROBES, GoodputPolicy
-from engine.decode.cost_cache import costs_from
+from benchmarks import plan_policy
+from benchmarks.plan_policy import (
+    Crowd,
+    Scenario,
+    all_captured,
+    modelled_1b5,
+    modelled_8b,
+    noisily_measured,
+    outcome,
+    scenarios,
+)
+from engine.decode.auto import HYSTERESIS, STEPS_BETWEEN_CHOICES, GoodputPolicy
 from engine.decode.goodput import (
     AR,
     MAX_OUTCOMES,
@@ -25,105 +28,81 @@ from engine.decode.goodput import (
     blind_chance,
     expect,
     goodput,
-    plan_shapes,
 )
-from engine.decode.measure import measure_costs, powers_of_two
+from engine.decode.measure import _ascending, measure_costs, powers_of_two
 from engine.decode.policy import Drafting
+from engine.decode.probes import LEAST_STEPS_BETWEEN, Probe
 from engine.step import DraftPlan
+from engine.step_sizes import REQUEST_BUCKETS, StepSizes
 from tests.unit.engine.test_policy import plan
 
-BATCHES = (1, 2, 3, 4, 8, 16, 32, 64, 128, 256)
-CHANCES = (0.3, 0.5, 0.7, 0.8, 0.902, 0.95)
-
-
-def modelled_8b() -> CostTable:
-    """Weights and cached tokens streamed at 4.3 TB/s, or 16.4 GFLOP a row at 790 TFLOP/s, whichever takes longer."""
-    counts = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-    rows = tuple(tuple(n * each for each in (1, 2, 4, 8, 16, 24, 32, 48, 64, 128, 272)) for n in counts)
-    seconds = tuple(tuple(max(15.137e9 / 4.3e12, r * 16.4e9 / 790e12) for r in row) for row in rows)
-    return CostTable(counts, rows, seconds, per_kv_token=147_456 / 4.3e12, per_row_token=4 * 4096 * 36 / 790e12)
-
-
-def measured_bundled() -> CostTable:
-    return costs_from(json.loads((Path(__file__).parent / "data" / "costs-bundled-2-cores.json").read_text()))
-
-
-TABLES = {"modelled H200, 8B, k 16": (modelled_8b, 16, 1024.0), "measured CPU, bundled, k 8": (measured_bundled, 8, 100.0)}
+SCENARIOS = {scenario.name: scenario for scenario in scenarios()}
+COUNTS = [n for n in REQUEST_BUCKETS if n <= 256]
 
 
 def certain(chance: float, block_length: int) -> Acceptance:
-    """What a policy knows after very many outcomes."""
-    acceptance = Acceptance(block_length)
-    for i in range(1, block_length):
-        acceptance._tried[i], acceptance._accepted[i] = 1e9, chance * 1e9
-    return acceptance
+    """What a policy knows of drafts that all have one chance, after very many outcomes."""
+    return plan_policy.certain(np.full((1, block_length - 1), chance))
 
 
-class Device:
-    """Requests that never end, each with a coin; it follows whatever plan it is given."""
-
-    def __init__(self, policy: GoodputPolicy, chance: float, num_requests: int, context: float) -> None:
-        self.policy, self.chance, self.num_requests, self.context = policy, chance, num_requests, context
-        self.rng, self.held = random.Random(1), np.ones(min(num_requests, 16), dtype=np.int64)
-        self.counts = {n: certain(chance, n).counts(n) for n in range(1, 17)}
-
-    def step(self) -> None:
-        self.policy.begin_step(self.num_requests, self.context)
-        plans = self.policy.plans(self.held, np.full_like(self.held, 10_000), bool((self.held > 1).any()))
-        accepted, is_hit = zip(*(self._judge(*plan[:2]) for plan in plans.tolist()), strict=True)
-        self.held = np.where(is_hit, plans[:, 2], 1)
-        self.policy.observe(plans, plans[:, 0], np.array(accepted), np.array(is_hit))
-
-    def _judge(self, num_drafts: int, num_branches: int) -> tuple[int, bool]:
-        accepted = 1
-        while accepted < num_drafts and self.rng.random() < self.chance:
-            accepted += 1
-        counts = self.counts[num_drafts]
-        run = sorted(range(len(counts)), key=lambda j: -counts[j])[:num_branches]
-        return accepted, accepted - 1 in run
+@pytest.mark.parametrize("name", [name for name, scenario in SCENARIOS.items() if not scenario.spread])
+@pytest.mark.parametrize("chance", [0.3, 0.7, 0.902])
+def test_in_the_steady_state_auto_is_as_good_as_the_best_fixed_plan(name: str, chance: float) -> None:
+    """All scenarios at all loads are those of the benchmark; here, a load of each kind."""
+    scenario = SCENARIOS[name]
+    for num_requests in (8, 33, 200):
+        if num_requests <= scenario.costs.num_requests[-1]:
+            of = outcome(scenario, chance, num_requests, scenario.contexts[0])
+            assert of.auto >= 0.97 * of.fixed, f"{num_requests} requests: {of.plan} instead of {of.best}"
+            assert of.auto >= 0.99 * of.ar, f"{num_requests} requests: {of.plan} is slower than ar, probes apart"
 
 
-@pytest.mark.parametrize("table", TABLES)
-@pytest.mark.parametrize("chance", CHANCES)
-def test_in_the_steady_state_auto_is_as_good_as_the_best_fixed_plan(table: str, chance: float) -> None:
-    make, block_length, context = TABLES[table]
-    costs, truth = make(), certain(chance, block_length)
-    for batch in BATCHES:
-        if batch > costs.num_requests[-1]:
-            continue
-        policy = GoodputPolicy(Drafting(block_length, 1), costs)
-        device = Device(policy, chance, batch, context)
-        for _ in range(1500):
-            device.step()
-        fixed = {shape: goodput(shape, truth, costs, batch, context) for shape in plan_shapes(block_length)}
-        chosen, best = fixed[policy.shape], max(fixed, key=fixed.__getitem__)
-        assert chosen >= 0.97 * fixed[best], f"batch {batch}: {policy.shape} instead of {best}"
-        assert chosen >= fixed[AR], f"batch {batch}: {policy.shape} is slower than ar"
+@pytest.mark.parametrize("seed", range(3))
+def test_costs_that_were_timed_with_noise_and_not_all_in_time_lead_to_no_worse_plan(seed: int) -> None:
+    sizes, truth = all_captured(16, 256), modelled_8b(COUNTS)
+    known = noisily_measured(truth, sizes, 16, 0.01, seed)
+    assert len(known.rows[-1]) < len(known.rows[0]), "large steps were left out"
+    for context in (1024.0, 8192.0):
+        for num_requests in (1, 5, 16, 48, 100, 256):
+            for chance in (0.3, 0.7, 0.95):
+                policy = GoodputPolicy(Drafting(16, 1), known, sizes)
+                policy._acceptance = certain(chance, 16)
+                policy.begin_step(num_requests, context)
+                places = sizes.num_places(num_requests)
+                fixed = {
+                    shape: goodput(shape, policy._acceptance, truth, num_requests, context, num_places=places)
+                    for shape in policy._candidates(num_requests)
+                }
+                assert fixed[policy.shape] >= 0.97 * max(fixed.values())
+                assert fixed[policy.shape] >= fixed[AR]
+
+
+def test_the_padding_of_a_captured_step_counts() -> None:
+    costs = CostTable((32, 48), ((32, 3200), (48, 4800)), ((1.0, 100.0), (1.5, 150.0)), per_kv_token=0.1)
+    known, shape = certain(0.5, 4), PlanShape(4, 0)
+    exact, padded = (goodput(shape, known, costs, 33, 10.0, num_places=places) for places in (None, 48))
+    tokens = expect(shape, known).tokens_per_step
+    assert exact == pytest.approx(33 * tokens / costs.cost(33, 33 * 4.5, 10.0))
+    assert padded == pytest.approx(33 * tokens / (costs.cost(48, 48 * 4.5) + 33 * 10 * 0.1)), "empty places have no context"
 
 
 def test_the_plan_follows_the_load_and_the_acceptance() -> None:
-    policy = GoodputPolicy(Drafting(16, 1), modelled_8b())
-    alone = Device(policy, 0.9, 1, 1024.0)
-    for _ in range(400):
-        alone.step()
-    assert policy.shape.num_branches > 1
-    crowd = Device(policy, 0.9, 256, 1024.0)
-    crowd.step()
-    assert policy.shape == AR, "the load is looked at at once"
-    alone.step()
-    assert policy.shape != AR
-    worse = Device(policy, 0.0, 64, 1024.0)
-    for _ in range(2000):
-        worse.step()
-    assert policy.shape == AR
-    better = Device(policy, 0.95, 1, 1024.0)
-    for _ in range(60 * STEPS_BETWEEN_PROBES):
-        better.step()
-    assert policy.shape != AR, "probes find out that drafts have become good again"
+    scenario = SCENARIOS["8B, k 16, modelled H200"]
+    policy = GoodputPolicy(Drafting(16, 1), scenario.costs)
+
+    def run(chance: float, num_requests: int, num_steps: int) -> PlanShape:
+        Crowd(scenario, policy, chance, num_requests, 1024.0).run(num_steps)
+        return policy.shape
+
+    assert run(0.9, 1, 400).num_branches > 1
+    assert run(0.9, 256, 1) == AR, "the load is looked at at once"
+    assert run(0.9, 1, 1) != AR
+    assert run(0.01, 64, 2000) == AR
+    assert run(0.95, 1, 60 * LEAST_STEPS_BETWEEN) != AR, "probes find out that drafts have become good again"
 
 
 def test_until_acceptance_is_measured_the_configured_plan_is_in_force() -> None:
-    policy = GoodputPolicy(Drafting(8, 2), measured_bundled())
+    policy = GoodputPolicy(Drafting(8, 2), SCENARIOS["bundled, k 8, measured on 2 CPU cores"].costs)
     for _ in range(3 * STEPS_BETWEEN_CHOICES):
         policy.begin_step(64, 100.0)
     assert policy.shape == PlanShape(8, 2)
@@ -193,17 +172,48 @@ def test_old_outcomes_fade() -> None:
     assert acceptance._accepted[1] / acceptance._tried[1] < 0.1
 
 
-def test_a_probe_that_is_due_waits_for_a_step_that_redrafts() -> None:
-    policy = GoodputPolicy(Drafting(16, 0), modelled_8b())
-    policy.shape = PlanShape(4, 0)
-    held, wanted = np.array([4, 1, 1]), np.full(3, 100)
-    for step in range(1, 3 * STEPS_BETWEEN_PROBES):
-        policy.begin_step(3, 100.0)
-        is_verifying = step % 2 == 0  # a probe is always due in a step that verifies
-        plans = policy.plans(held if is_verifying else np.ones_like(held), wanted, is_verifying)
-        is_probe = plans[:, 2] == 16
-        assert is_probe.sum() == (step > STEPS_BETWEEN_PROBES and step % STEPS_BETWEEN_PROBES == 1)
-        assert (plans[:, 1] == (0 if is_verifying else 1)).all(), "all requests are in one phase"
+def test_one_request_probes_in_a_step_that_redrafts_and_its_drafts_are_verified() -> None:
+    policy = GoodputPolicy(Drafting(16, 0), modelled_8b(COUNTS))
+    policy._follow(PlanShape(4, 0))
+    policy._probes.now, policy._probes._steps_left = Probe.ONE, 2
+    wanted = np.full(3, 100)
+    verifying = policy.plans(np.array([4, 1, 1]), wanted, True)
+    assert verifying.tolist() == [[4, 0, 4, 0], [1, 0, 4, 0], [1, 0, 4, 0]], "requests of linear redraft together"
+    policy._probes.begin_step()
+    assert policy.plans(np.array([1, 1, 1]), wanted, False).tolist() == [[1, 1, 16, 0], [1, 1, 4, 0], [1, 1, 4, 0]]
+    policy._probes.begin_step()
+    assert policy.plans(np.array([16, 4, 4]), wanted, True).tolist() == [[16, 0, 16, 0], [4, 0, 4, 0], [4, 0, 4, 0]]
+    policy._probes.begin_step()
+    assert policy._probes.now is Probe.NOBODY
+
+
+def test_where_steps_are_captured_and_short_everybody_probes_in_captured_steps() -> None:
+    sizes = all_captured(16, 256)
+    costs = modelled_1b5(COUNTS, uncaptured=6e-3)
+    policy = GoodputPolicy(Drafting(16, 1), costs, sizes)
+    crowd = Crowd(Scenario("", costs, 16, (1024.0,), sizes), policy, 0.6, 16, 1024.0)
+    kinds, uncaptured = set(), 0
+    for _ in range(20 * LEAST_STEPS_BETWEEN):
+        _, seconds = crowd.step()
+        kinds.add(policy._probes.now)
+        uncaptured += seconds == costs.uncaptured
+    assert policy.shape.block_length < 16
+    assert kinds == {Probe.ALL, Probe.NOBODY}
+    assert not uncaptured
+
+
+def test_probes_cost_what_they_may() -> None:
+    """A step with a probe is far longer than one without, so probes are rare."""
+    costs = CostTable((64,), ((64, 6400),), ((1.0, 100.0),), uncaptured=50.0)
+    sizes = StepSizes(64)
+    for replayed in (DraftPlan(1, 0, 1), DraftPlan(16, 0, 16), DraftPlan(1, 1, 16), DraftPlan(4, 1, 4)):
+        sizes.add(64, replayed)
+    policy = GoodputPolicy(Drafting(16, 1), costs, sizes)
+    policy._acceptance = certain(0.1, 16)
+    crowd = Crowd(Scenario("", costs, 16, (0.0,), sizes), policy, 0.1, 64, 0.0)
+    tokens, seconds = crowd.run(20_000)
+    assert policy.shape == AR
+    assert 0.99 < tokens / seconds / 64 < 1.0
 
 
 def test_better_ranking_than_by_counts_is_learnt() -> None:
@@ -225,12 +235,18 @@ def test_costs_are_linear_between_what_was_measured_and_proportional_behind_it()
     assert costs.cost(1, 1, context=10) == pytest.approx(1.0 + 10 * (0.01 + 0.001))
 
 
+def test_costs_ascend_with_rows_and_an_outlier_moves_only_its_neighbours() -> None:
+    assert _ascending([1.0, 2.0, 3.0]) == (1.0, 2.0, 3.0)
+    assert _ascending([1.0, 4.0, 2.0, 3.0, 5.0]) == (1.0, 3.0, 3.0, 3.0, 5.0)
+    assert _ascending([3.0, 1.0]) == (2.0, 2.0)
+
+
 def test_measuring_times_every_plan_that_fits_and_what_context_adds() -> None:
     def timer(num_requests: int, plan: DraftPlan, context: int) -> float:
         rows = num_requests * plan.num_rows
         return 1.0 + 0.1 * rows + context * (0.01 * num_requests + 0.002 * rows)
 
-    costs = measure_costs(timer, 8, powers_of_two(6), max_rows=100, max_context=50)
+    costs = measure_costs(timer, 8, powers_of_two(6), max_rows=100, max_context=50, num_tokens=200)
     assert costs.num_requests == (1, 2, 4, 6)
     assert all(row[-1] <= 100 for row in costs.rows)
     assert costs.cost(3, 40) == pytest.approx(1 + 0.1 * 40)

@@ -105,13 +105,13 @@ def test_a_column_of_plans_is_the_scalar_rule_for_each(branches: int, anchor: bo
                 assert [tuple(row) for row in plans.tolist()] == expected
 
 
-def test_after_a_change_to_shorter_blocks_the_drafts_at_hand_are_verified_first() -> None:
+def test_after_a_change_to_shorter_blocks_the_drafts_at_hand_are_cut_to_them() -> None:
     auto = GoodputPolicy(Drafting(16, 2), CostTable((1,), ((1,),), ((1.0,),)))
-    held, wanted = np.array([16, 1, 16, 4]), np.array([50, 50, 5, 50])
-    auto.shape = PlanShape(4, 2)
-    assert auto.plans(held, wanted, True).tolist() == [[16, 0, 16, 0], [1, 1, 4, 0], [5, 0, 16, 0], [4, 2, 4, 0]]
-    auto.shape = AR
-    assert auto.plans(held, wanted, True).tolist() == [[16, 0, 16, 0], [1, 0, 1, 0], [5, 0, 16, 0], [4, 0, 16, 0]]
+    held, wanted = np.array([16, 1, 16, 4]), np.array([50, 50, 3, 50])
+    auto._follow(PlanShape(4, 2))
+    assert auto.plans(held, wanted, True).tolist() == [[4, 2, 4, 0], [1, 1, 4, 0], [3, 1, 4, 0], [4, 2, 4, 0]]
+    auto._follow(AR)
+    assert auto.plans(held, wanted, True).tolist() == [[1, 0, 1, 0]] * 4
 
 
 def test_linear_requests_redraft_together_or_not_at_all() -> None:

@@ -429,6 +429,19 @@ def test_shutdown_is_orderly_and_idempotent() -> None:
     asyncio.run(scenario())
 
 
+def test_the_process_ends_without_taking_itself_apart(capfd: pytest.CaptureFixture[str]) -> None:
+    """That takes a second with torch, and longer beside other work."""
+
+    async def scenario() -> None:
+        async with guarded(make_engine("long farewell")) as engine:
+            await engine.start()
+            await engine.shutdown()
+            assert await engine.wait_closed() is None
+
+    asyncio.run(scenario())
+    assert "taken apart" not in capfd.readouterr().out
+
+
 def test_shutdown_before_the_start() -> None:
     async def scenario() -> None:
         async with guarded(make_engine()) as engine:

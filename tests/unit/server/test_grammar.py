@@ -9,10 +9,11 @@ import pytest
 from llguidance import LLMatcher, LLTokenizer
 
 from server import grammar as module
+from server.call_grammar import forced_grammar
 from server.errors import ApiError
 from server.grammar import json_grammar, requested_grammar
 from server.protocol import GenerationFields
-from server.tools import Tools, forced_grammar, requested_tools
+from server.tools import Tools, requested_tools
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +42,7 @@ def grammar_of(**fields) -> str:
         ({"guided_regex": "[0-9]{2}"}, ["12"], ["1", "123", "ab"]),
         ({"guided_grammar": 'start: "a" start | "b"'}, ["b", "aab"], ["a", "ba"]),
         ({"guided_json": {"enum": [1, "x"]}}, ["1", '"x"'], ["2", "x"]),
-        ({"response_format": {"type": "json_object"}}, ["{}", '{"a": [1, {"b": null}]}', '{\n  "a": 1\n}'], ["[]", "1", "{"]),
+        ({"response_format": {"type": "json_object"}}, ["{}", '{"a": [1, {"b": null}]}', '{"a":[1,2]}'], ["[]", "1", "{"]),
         ({"structured_outputs": {"json_object": True}}, ["{}"], ["[]"]),
     ],
 )
@@ -51,11 +52,15 @@ def test_what_a_constraint_lets_through(accepts, fields, good, bad):
     assert [text for text in bad if accepts(grammar, text)] == []
 
 
-def test_white_space_has_an_end(accepts):
+def test_white_space_is_one_blank_where_people_write_it(accepts):
     """Or a weak model fills its context with it."""
-    grammar = grammar_of(guided_json={"type": "array", "items": {"type": "integer"}})
-    assert accepts(grammar, "[" + " " * 20 + "1]")
-    assert not accepts(grammar, "[" + " " * 21 + "1]")
+    schema = {"type": "object", "properties": {"a": {"type": "array"}, "b": {}}, "required": ["a", "b"]}
+    value = {"a": [1, {"c": "  "}], "b": None}
+    good = [json.dumps(value, separators=separators) for separators in ((", ", ": "), (",", ":"), (", ", ":"))]
+    bad = ['{"a":  [1], "b": 1}', '{"a": [1],  "b": 1}', '{ "a": [1], "b": 1}', good[0] + " ", json.dumps(value, indent=1)]
+    for grammar in (grammar_of(guided_json=schema), grammar_of(response_format={"type": "json_object"})):
+        assert [text for text in good if not accepts(grammar, text)] == []
+        assert [text for text in bad if accepts(grammar, text)] == []
 
 
 def tools_of(*functions, **fields) -> Tools:
@@ -98,6 +103,21 @@ def test_one_call_where_calls_must_not_be_parallel(accepts):
     grammar = asyncio.run(forced_grammar(tools))
     assert accepts(grammar, '[{"name": "h", "parameters": {}}]')
     assert not accepts(grammar, '[{"name": "h", "parameters": {}}, {"name": "h", "parameters": {}}]')
+
+
+def test_references_start_in_the_schema_that_has_them(accepts):
+    """With an id or an anchor too, and what a constant says is no reference."""
+    integer = {"type": "integer"}
+    schemas = {
+        "f": {"$id": "http://x/y", "$defs": {"k": integer}, "properties": {"a": {"$ref": "#/$defs/k"}}},
+        "g": {"$defs": {"k": {"$anchor": "k", **integer}}, "properties": {"a": {"$ref": "#k"}}},
+        "h": {"properties": {"a": {"const": {"$ref": "#/k"}}}},
+    }
+    functions = ({"name": name, "parameters": {**schema, "required": ["a"]}} for name, schema in schemas.items())
+    grammar = asyncio.run(forced_grammar(tools_of(*functions, tool_choice="required")))
+    for name, value, other in (("f", 1, "1"), ("g", 1, "1"), ("h", {"$ref": "#/k"}, {"$ref": "#/items/k"})):
+        assert accepts(grammar, json.dumps([{"name": name, "parameters": {"a": value}}]))
+        assert not accepts(grammar, json.dumps([{"name": name, "parameters": {"a": other}}]))
 
 
 def test_a_named_function_is_its_arguments(accepts):

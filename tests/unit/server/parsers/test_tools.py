@@ -169,6 +169,7 @@ NAMED = [
     ("{} and", [*call("f", "{}"), Content("and")]),
     ("No.\n", [Content("No.\n")]),
     ("", []),
+    (" \n", []),
 ]
 
 REQUIRED = [
@@ -179,7 +180,13 @@ REQUIRED = [
     ),
     ('[{"parameters": {"x": 1}, "name": "é"}]', call("é", '{"x": 1}')),
     ('[{"name": "a", "parameters": {}}, {"name": "b", "parameters": {"x', [*call("a", "{}"), *call("b", '{"x', 1)]),
-    ('[{"name": "a", "parameters": {}}, {"na', [*call("a", "{}"), Content(', {"na')]),
+    # What is cut off before its arguments.
+    ('[{"name": "a", "parameters": {}}, {"na', call("a", "{}")),
+    ('[{"name": "a", "parameters": {}}, {"name": "b"', [*call("a", "{}"), *call("b", "", 1)]),
+    ('[{"name": "a", "parameters": ', call("a", "")),
+    ('[{"name": "a", "par', call("a", "")),
+    ('[{"name": "a"', call("a", "")),
+    *[(text, []) for text in ("[", "[ ", "[{", '[{"na', '[{"name": ', '[{"name": "a')],
     ("[]", [Content("[]")]),
     ("No [1].", [Content("No [1].")]),
     ("", []),
@@ -229,7 +236,8 @@ FRAGMENTS = [
     *('"name": ', '"arguments": ', '"parameters": ', '"f"', '"{}"', '"', "\\", "f", "1", "é "),
     *('{"name": "g", "arguments": {"a": ', '{"name": "h", "parameters": {}}', '{"arguments": {}'),
 ]
-PARSERS = [HermesParser, Llama3Parser, MistralParser, CallArrayParser, functools.partial(NamedFunctionParser, "f")]
+FORCED = [CallArrayParser, functools.partial(NamedFunctionParser, "f")]
+PARSERS = [HermesParser, Llama3Parser, MistralParser, *FORCED]
 
 
 @settings(max_examples=500)
@@ -249,7 +257,8 @@ def test_anything_is_calls_in_order_or_content_in_full(parts):
                 assert event.text.startswith("{")
             latest = event.index if isinstance(event, ToolCallBegin) else latest
         if not begun:
-            assert text_of(events) == text
+            content = text_of(events)
+            assert content == text or (make in FORCED and text.startswith(content))
 
 
 @given(arguments=st.dictionaries(st.text(), st.text() | st.integers() | st.lists(st.text(), max_size=2), max_size=4))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
-from engine.decode.cost_cache import cached_costs
 from engine.decode.goodput import CostTable
+from engine.measurement_cache import MeasurementCache
+from kernels.linear.choice import ChoiceTable, LayerShape, Measurement, Tile
 
 TABLE = CostTable((1, 4), ((1, 3), (4, 8)), ((1.0, 2.0), (2.0, 3.0)), per_kv_token=0.01, per_row_token=0.001)
 KEY = {"device": "one", "checkpoint": "a"}
@@ -20,6 +23,10 @@ class Meter:
     def __call__(self) -> CostTable:
         self.num_calls += 1
         return TABLE
+
+
+def cached_costs(folder: Path | None, key: Mapping[str, str], measure: Meter) -> CostTable:
+    return MeasurementCache(folder, key).get("costs", measure, asdict, CostTable.of_plain)
 
 
 def test_costs_are_measured_once_for_a_key(tmp_path: Path) -> None:
@@ -50,3 +57,15 @@ def test_a_folder_that_cannot_be_written_costs_a_measurement_and_no_more(tmp_pat
     assert [cached_costs(blocked, KEY, meter) for _ in range(2)] == [TABLE] * 2
     assert cached_costs(None, KEY, meter) == TABLE
     assert meter.num_calls == 3
+
+
+def test_kinds_and_what_else_they_depend_on_are_kept_apart(tmp_path: Path) -> None:
+    cache, meter = MeasurementCache(tmp_path, KEY), Meter()
+    for more in ("a", "b", "a"):
+        assert cache.get("costs", meter, asdict, CostTable.of_plain, more=more) == TABLE
+    assert meter.num_calls == 2
+    shape = LayerShape(8, 4, 2)
+    cells = (Measurement(shape, 16, 2.0, 1.0, Tile(16, 64, 64)), Measurement(shape, 32, 1.0, float("inf"), None))
+    for measured in (cells, ()):
+        table = cache.get("linear", lambda: ChoiceTable(measured), ChoiceTable.to_plain, ChoiceTable.of_plain)  # noqa: B023
+        assert table.measurements == cells

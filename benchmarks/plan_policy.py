@@ -1,0 +1,304 @@
+"""What ``auto`` is worth against every fixed plan, step by step, on a table of costs: no model and no GPU.
+
+Requests that never end accept each draft by the toss of one coin, and follow the very policy that the engine runs. A step
+costs what the table says of its rows: those that its requests need, or, where steps are captured, those of the captured step
+in which they are replayed. So probes, redrafts, padding, changes of plan and errors of the estimates all have their price.
+
+Prints for each table the worst case of ``auto`` over the best fixed plan and over ``ar``, and, apart, what the start costs:
+the tokens of the first steps, in which acceptance is not known yet, over those of as long a time at the final plan. Ends with
+a line of JSON. Two of the tables are modelled from an H200's bandwidth and arithmetic, which no GPU has confirmed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.report import finish, table
+from engine.decode.auto import GoodputPolicy
+from engine.decode.goodput import AR, Acceptance, CostTable, PlanShape, goodput, plan_shapes
+from engine.decode.measure import REPEATS, measure_costs
+from engine.decode.policy import Autoregressive, Drafting, DraftPolicy
+from engine.step import DraftPlan, IntArray
+from engine.step_sizes import REQUEST_BUCKETS, StepSizes
+from engine.warm_up import plans_of
+
+FloatArray = NDArray[np.float64]
+
+BATCHES = (1, 2, 3, 4, 5, 6, 8, 9, 12, 16, 17, 24, 32, 33, 48, 64, 65, 96, 128, 129, 160, 200, 256)
+CHANCES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.902, 0.95)
+
+NUM_LIKELY = 4
+"""Fixed plans that are run, those of which the arithmetic expects most."""
+
+START_STEPS, SETTLING_STEPS, LEAST_STEPS = 64, 1500, 2000
+"""Steps that are reported as the start; after which nothing is left of it; and that the steady state is measured in."""
+
+UNCAPTURED_SECONDS = 6e-3
+"""Least time of a step that is launched operation by operation where others are replayed (a guess for 36 layers)."""
+
+NOISE = 0.02
+"""Standard deviation of a timed step, of its time."""
+
+ADMISSION_SECONDS = 20e-6
+"""Of a request, while costs are measured (a guess)."""
+
+COPY_BANDWIDTH, ARITHMETIC = 4.3e12, 790e12
+"""Bytes and floating-point operations that an H200 does in a second."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scenario:
+    """A table of costs and the engine that it belongs to. ``captured`` is None where steps are not captured.
+
+    ``known`` is what the policy takes the costs to be, if it does not know better. ``decay``: acceptance of a draft over that
+    of the one before; ``spread``: by which share every other request's acceptance is higher, and that of the rest lower.
+    """
+
+    name: str
+    costs: CostTable
+    block_length: int
+    contexts: tuple[float, ...]
+    captured: StepSizes | None = None
+    known: CostTable | None = None
+    decay: float = 1.0
+    spread: float = 0.0
+
+    def acceptance(self, chance: float, num_requests: int) -> FloatArray:
+        """Of each request and draft, where ``chance`` is that of the first guess, [N, K - 1]."""
+        sides = 1 + self.spread * np.where(np.arange(num_requests) % 2, 1.0, -1.0) * (num_requests > 1)
+        by_position = chance * self.decay ** np.arange(self.block_length - 1)
+        return np.minimum(sides[:, None] * by_position, 0.98)
+
+    @property
+    def batches(self) -> list[int]:
+        """Numbers of requests that the table has an idea of."""
+        return [n for n in BATCHES if n <= self.costs.num_requests[-1]]
+
+    @property
+    def shapes(self) -> tuple[PlanShape, ...]:
+        """The fixed plans."""
+        return plan_shapes(self.block_length)
+
+    def seconds(self, plans_N4: IntArray, context: float) -> float:
+        """What a step of requests with these plans costs."""
+        num_requests = len(plans_N4)
+        num_rows = int((plans_N4[:, 0] + plans_N4[:, 1] * (plans_N4[:, 2] + plans_N4[:, 3])).sum())
+        if self.captured is None:
+            return self.costs.cost(num_requests, num_rows, context)
+        size = self.captured.find(plans_N4)
+        if size is None:
+            return max(self.costs.uncaptured, self.costs.cost(num_requests, num_rows, context))
+        return self.costs.cost(size.num_requests, size.num_rows, context * num_requests / size.num_requests)
+
+
+class Crowd:
+    """``num_requests`` requests that never end, and follow a policy. Branches are the likeliest under all their coins."""
+
+    def __init__(
+        self, scenario: Scenario, policy: DraftPolicy, chance: float, num_requests: int, context: float, seed: int = 1
+    ) -> None:
+        self._scenario, self._policy, self._context = scenario, policy, context
+        self._rng = np.random.default_rng(seed)
+        self.held: IntArray = np.ones(num_requests, dtype=np.int64)
+        self._chances_NK = scenario.acceptance(chance, num_requests)
+        known = certain(self._chances_NK)
+        # The place of each number of accepted drafts among the likeliest ones, by the number of drafts.
+        self._rank = np.zeros((scenario.block_length + 1, scenario.block_length + 1), dtype=np.int64)
+        for n in range(1, scenario.block_length + 1):
+            self._rank[n, np.argsort(-np.array(known.counts(n)), kind="stable") + 1] = np.arange(n)
+
+    def run(self, num_steps: int) -> tuple[int, float]:
+        """Take so many steps; returns tokens and seconds."""
+        tokens, seconds = 0, 0.0
+        for _ in range(num_steps):
+            more, took = self.step()
+            tokens, seconds = tokens + more, seconds + took
+        return tokens, seconds
+
+    def step(self) -> tuple[int, float]:
+        """Tokens and seconds of one step."""
+        if isinstance(self._policy, GoodputPolicy):
+            self._policy.begin_step(len(self.held), self._context)
+        plans = self._policy.plans(self.held, np.full_like(self.held, 10_000), bool(self.held.max() > 1))
+        num_drafts, num_branches = plans[:, 0], plans[:, 1]
+        runs = (self._rng.random(self._chances_NK.shape) < self._chances_NK).cumprod(axis=1).sum(axis=1)
+        accepted: IntArray = np.minimum(1 + runs, num_drafts)
+        is_hit = self._rank[num_drafts, accepted] < num_branches
+        self.held = np.where(is_hit, plans[:, 2], 1)
+        if isinstance(self._policy, GoodputPolicy):
+            self._policy.observe(plans, num_drafts, accepted, is_hit)
+        return int(accepted.sum()), self._scenario.seconds(plans, self._context)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """Tokens per second, in the steady state, of ``auto``, ``ar`` and the best fixed plan; ``start`` of ``auto`` at first."""
+
+    chance: float
+    num_requests: int
+    context: float
+    plan: PlanShape
+    best: PlanShape
+    auto: float
+    ar: float
+    fixed: float
+    start: float
+
+
+def outcome(scenario: Scenario, chance: float, num_requests: int, context: float, num_outcomes: int = 12_000) -> Outcome:
+    """Run ``auto``, and the fixed plans that promise most, until their requests have taken so many steps together."""
+    num_steps = max(LEAST_STEPS, num_outcomes // num_requests)
+
+    def fixed(shape: PlanShape) -> float:
+        policy = Autoregressive() if shape == AR else Drafting(shape.block_length, shape.num_branches)
+        crowd = Crowd(scenario, policy, chance, num_requests, context)
+        crowd.run(num_steps // 5)
+        tokens, seconds = crowd.run(num_steps)
+        return tokens / seconds
+
+    policy = GoodputPolicy(Drafting(scenario.block_length, 1), scenario.known or scenario.costs, scenario.captured)
+    crowd = Crowd(scenario, policy, chance, num_requests, context)
+    tokens, seconds = crowd.run(START_STEPS)
+    crowd.run(SETTLING_STEPS)
+    steady_tokens, steady_seconds = crowd.run(num_steps)
+    places = None if scenario.captured is None else scenario.captured.num_places(num_requests)
+    known = certain(scenario.acceptance(chance, num_requests))
+    promised = {s: goodput(s, known, scenario.costs, num_requests, context, num_places=places) for s in scenario.shapes}
+    likely = sorted(promised, key=lambda shape: -promised[shape])[:NUM_LIKELY]
+    goodputs = {shape: fixed(shape) for shape in {AR, policy.shape, *likely}}
+    best = max(goodputs, key=goodputs.__getitem__)
+    steady = steady_tokens / steady_seconds
+    return Outcome(chance, num_requests, context, policy.shape, best, steady, goodputs[AR], goodputs[best], tokens / seconds)
+
+
+def certain(chances_NK: FloatArray) -> Acceptance:
+    """What a policy knows of such requests after very many outcomes."""
+    acceptance = Acceptance(chances_NK.shape[1] + 1)
+    survival = chances_NK.cumprod(axis=1).mean(axis=0)
+    for i, (now, before) in enumerate(zip(survival, [1.0, *survival], strict=False), start=1):
+        acceptance._tried[i], acceptance._accepted[i] = 1e9, float(1e9 * now / before)
+    return acceptance
+
+
+def modelled(
+    weight_bytes: float, kv_bytes: int, row_flops: float, width: int, layers: int, counts: Iterable[int], uncaptured: float
+) -> CostTable:
+    """Weights and cached tokens streamed, or the rows' arithmetic if that takes longer; attention per row and token."""
+    counts = tuple(counts)
+    rows = tuple(tuple(n * each for each in (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 272)) for n in counts)
+    seconds = tuple(tuple(max(weight_bytes / COPY_BANDWIDTH, r * row_flops / ARITHMETIC) for r in row) for row in rows)
+    return CostTable(counts, rows, seconds, kv_bytes / COPY_BANDWIDTH, 4 * width * layers / ARITHMETIC, uncaptured)
+
+
+def modelled_8b(counts: Iterable[int], uncaptured: float = 0.0) -> CostTable:
+    """Qwen3-8B."""
+    return modelled(15.137e9, 147_456, 16.4e9, 4096, 36, counts, uncaptured)
+
+
+def modelled_1b5(counts: Iterable[int], uncaptured: float = 0.0) -> CostTable:
+    """Qwen2.5-1.5B."""
+    return modelled(3.087e9, 28_672, 3.09e9, 1536, 28, counts, uncaptured)
+
+
+def all_captured(block_length: int, most: int, max_rows: int = 8192) -> StepSizes:
+    """What a start captures that has time for everything."""
+    sizes = StepSizes(most)
+    for num_requests in sizes.buckets:
+        for plan in plans_of([Drafting(block_length, 1)], is_auto=True):
+            if num_requests * plan.num_rows <= max_rows:
+                sizes.add(num_requests, plan)
+    return sizes
+
+
+def noisily_measured(costs: CostTable, captured: StepSizes, block_length: int, noise: float, seed: int) -> CostTable:
+    """What a start finds out about these costs in its time, when each measurement is off by a share of itself."""
+    rng, now = np.random.default_rng(seed), 0.0
+
+    def timer(num_requests: int, plan: DraftPlan, context: int) -> float:
+        nonlocal now
+        truth = costs.cost(num_requests, num_requests * plan.num_rows, context)
+        now += (REPEATS + 2) * truth + ADMISSION_SECONDS * num_requests
+        return truth * float(np.median(1 + noise * rng.standard_normal(REPEATS)))
+
+    table = measure_costs(timer, block_length, captured.buckets, 8192, 4096, 500_000, captured=captured, clock=lambda: now)
+    return replace(table, uncaptured=costs.uncaptured)
+
+
+def measured_bundled() -> CostTable:
+    """The bundled model on two CPU cores."""
+    return CostTable.of_plain(json.loads((Path(__file__).parent / "data" / "costs-bundled-2-cores.json").read_text()))
+
+
+def scenarios() -> list[Scenario]:
+    """All tables."""
+    counts = [n for n in REQUEST_BUCKETS if n <= 256]
+    contexts = (1024.0, 8192.0)
+    sizes = all_captured(16, 256)
+    large, small = modelled_8b(counts, UNCAPTURED_SECONDS), modelled_1b5(counts, UNCAPTURED_SECONDS)
+    known = noisily_measured(large, sizes, 16, NOISE, 1)
+    return [
+        Scenario("bundled, k 8, measured on 2 CPU cores", measured_bundled(), 8, (100.0,)),
+        Scenario("8B, k 16, modelled H200", modelled_8b(counts), 16, contexts),
+        Scenario("8B, k 16, modelled H200, captured", large, 16, contexts, sizes),
+        Scenario(f"the same, timed with {NOISE:.0%} noise", large, 16, contexts, sizes, known),
+        Scenario("the same, each draft 3% worse than the one before", large, 16, contexts, sizes, decay=0.97),
+        Scenario("the same, requests 10% better and worse", large, 16, contexts, sizes, spread=0.1),
+        Scenario("1.5B, k 16, modelled H200, captured", small, 16, contexts, sizes),
+    ]
+
+
+def worst(outcomes: Sequence[Outcome], ratio: Callable[[Outcome], float]) -> tuple[float, str]:
+    """The least ratio, and where."""
+    least = min(outcomes, key=ratio)
+    where = f"{least.num_requests} at {least.chance:g}: {least.plan}, best {least.best}"
+    return ratio(least), where
+
+
+def summary(scenario: Scenario, context: float, outcomes: Sequence[Outcome]) -> list[tuple[str, ...]]:
+    """Rows of the printed table."""
+    ratios: dict[str, Callable[[Outcome], float]] = {
+        "the best fixed plan": lambda o: o.auto / o.fixed,
+        "ar": lambda o: o.auto / o.ar,
+        "itself, in the first steps": lambda o: o.start / o.auto,
+    }
+    name = f"{scenario.name}, {context:.0f} tokens"
+    return [(name, over, f"{least:.3f}", where) for over, r in ratios.items() for least, where in (worst(outcomes, r),)]
+
+
+def cell(of: Outcome) -> dict[str, Any]:
+    """What is written down of an outcome."""
+    ratios = {"over_best": of.auto / of.fixed, "over_ar": of.auto / of.ar, "start_over_steady": of.start / of.auto}
+    names = {"plan": str(of.plan), "best": str(of.best)}
+    load = {"requests": of.num_requests, "acceptance": of.chance}
+    return {**load, **names, **{name: round(ratio, 4) for name, ratio in ratios.items()}}
+
+
+def main() -> None:
+    """Run and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="every third batch and chance only")
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    every = 3 if arguments.quick else 1
+    rows, results = [], []
+    for scenario in scenarios():
+        for context in scenario.contexts:
+            loads = itertools.product(CHANCES[::every], scenario.batches[::every])
+            outcomes = [outcome(scenario, chance, num_requests, context) for chance, num_requests in loads]
+            rows += summary(scenario, context, outcomes)
+            results.append({"scenario": scenario.name, "context": context, "cells": [cell(o) for o in outcomes]})
+    print(table(("table", "auto over", "worst", "requests at acceptance"), rows))
+    finish("plan_policy", results, arguments.out)
+
+
+if __name__ == "__main__":
+    main()
