@@ -23,6 +23,7 @@ from engine.kv_cache import KVCache, page_bytes
 from engine.kv_cache_manager import KVCacheManager
 from engine.measurement_cache import MeasurementCache
 from engine.memory import (
+    GIB,
     CudaMemory,
     DeviceMemory,
     GpuBudget,
@@ -112,7 +113,7 @@ def assemble(
     graphs = None
     if capture is not None:
         graphs = StepGraphs(decoder, runner, capture, max_model_len)
-        _capture(graphs, plans, defaults, limits.max_num_batched_tokens, progress)
+        _capture(graphs, plans, defaults, limits.max_num_batched_tokens, memory, progress)
     configured = table[DecodingMode.AUTO]
     if is_auto and isinstance(configured, Drafting):
         progress("timing draft plans")
@@ -212,13 +213,21 @@ def _budget(
 
 
 def _capture(
-    graphs: StepGraphs, plans: list[DraftPlan], defaults: SamplingDefaults, max_rows: int, progress: Callable[[str], None]
+    graphs: StepGraphs,
+    plans: list[DraftPlan],
+    defaults: SamplingDefaults,
+    max_rows: int,
+    memory: DeviceMemory | None,
+    progress: Callable[[str], None],
 ) -> None:
     needs = SamplingNeeds.of([SamplingParams(1, **asdict(defaults))])
+    before = memory.free() if memory is not None else 0
     try:
         capture_steps(graphs, plans, [needs], max_rows, progress)
     except RuntimeError as error:
         raise ConfigError(f"steps cannot be captured in CUDA graphs ({error}): start with --enforce-eager") from error
+    if memory is not None:
+        progress(f"captured steps hold {(before - memory.free()) / GIB:.2f} GiB")
 
 
 def _timed_policy(

@@ -91,8 +91,8 @@ class Bench:
         found = record.read(self.out, f"{GEMM}.{model}")
         if found is None or found.machine.get("device") != self.device_name:
             return None
-        measured = [Measurement(**_of_plain(cell["choice"])) for cell in found.cells if "choice" in cell]
-        return ChoiceTable(measured) if measured else None
+        measured = [cell["choice"] for cell in found.cells if "choice" in cell]
+        return ChoiceTable.of_plain(measured) if measured else None
 
     @cached_property
     def device_name(self) -> str:
@@ -141,12 +141,3 @@ def plain(measurement: Measurement) -> dict[str, Any]:
     shape = {name: getattr(measurement.shape, name) for name in LayerShape.__slots__}
     values["tile_seconds"] = None if values["tile_seconds"] == float("inf") else values["tile_seconds"]
     return values | {"shape": shape, "tile": tile}
-
-
-def _of_plain(values: dict[str, Any]) -> dict[str, Any]:
-    seconds, tile = values["tile_seconds"], values["tile"]
-    return values | {
-        "shape": LayerShape(**values["shape"]),
-        "tile": None if tile is None else Tile(**tile),
-        "tile_seconds": float("inf") if seconds is None else seconds,
-    }

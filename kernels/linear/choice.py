@@ -136,20 +136,15 @@ class ChoiceTable:
         return tiles[-1] if tiles and shape.element_size == 1 else None
 
     def to_plain(self) -> list[dict[str, Any]]:
-        """The measurements as plain data; ``of_plain`` reads them."""
-        return [asdict(m) for m in self.measurements]
+        """The measurements as JSON can hold them; ``of_plain`` reads them."""
+        return [
+            asdict(m) | {"tile_seconds": m.tile_seconds if math.isfinite(m.tile_seconds) else None} for m in self.measurements
+        ]
 
     @staticmethod
     def of_plain(measurements: Sequence[Mapping[str, Any]]) -> ChoiceTable:
         """From plain data. Raises KeyError or TypeError for other fields."""
-        return ChoiceTable(
-            [
-                Measurement(
-                    **{**m, "shape": LayerShape(**m["shape"]), "tile": None if m["tile"] is None else Tile(**m["tile"])}
-                )
-                for m in measurements
-            ]
-        )
+        return ChoiceTable([_measurement(values) for values in measurements])
 
     def lines(self) -> Iterator[str]:
         """The table for a terminal, a line a cell."""
@@ -179,6 +174,17 @@ class ChoiceTable:
     def __str__(self) -> str:
         tiles = sum(m.tile is not None for m in self.measurements)
         return f"Triton at {tiles} of {len(self.measurements)} shapes and row counts"
+
+
+def _measurement(values: Mapping[str, Any]) -> Measurement:
+    seconds, tile = values["tile_seconds"], values["tile"]
+    return Measurement(
+        LayerShape(**values["shape"]),
+        values["rows"],
+        values["library_seconds"],
+        math.inf if seconds is None else seconds,
+        None if tile is None else Tile(**tile),
+    )
 
 
 def candidates(shape: LayerShape, rows: int, num_processors: int) -> Iterator[Tile]:

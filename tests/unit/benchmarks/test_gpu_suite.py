@@ -97,6 +97,7 @@ SMOKE = {
         "test_nothing_waits_for_the_device",
         "test_verify",
     ],
+    "test_self_check.py": 2 * ["test_triton_passes_the_check"],
 }
 """Every kernel, captured steps, an engine's mode at both depths, and what must not wait: few enough for two minutes."""
 
