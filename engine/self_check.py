@@ -153,7 +153,7 @@ def disagreement(
     for name, plan in _steps(small, pages_each):
         decoder.admit(plan)
         other = copy.deepcopy(decoder)
-        other.kernels = candidate
+        other.kernels = other.rows.kernels = candidate
         inputs, others = decoder.lay_out(plan), other.lay_out(plan)
         if not _equal(inputs, others):
             return f"the rows of a step differ ({name})"
@@ -165,7 +165,7 @@ def disagreement(
         given = other.judge(plan, others, logits["references"]).read()
         if (expected.counts != given.counts).any() or (expected.token_ids != given.token_ids).any():
             return f"another verdict on the same logits ({name})"
-        if not _equal(decoder.batch, other.batch):
+        if not _equal(decoder.batch, other.batch) or not all(map(_equal, decoder.state, other.state)):
             return f"another state after the verdict ({name})"
     return None
 

@@ -48,8 +48,16 @@ def off_by_one_in_the_last_row(x: Tensor, weight: Tensor, bias: Tensor | None = 
     return out
 
 
-def accepts_all(sampled_ND, drafts_ND, num_drafts_N, order_NB, masks_NBK):
-    return REFERENCE.verify(sampled_ND, sampled_ND.roll(1, 1), num_drafts_N, order_NB, masks_NBK)
+def another_mask_token(state, layout, bounds_3N, prefill, page_size, mask_token_id):
+    return REFERENCE.lay_out(state, layout, bounds_3N, prefill, page_size, mask_token_id - 1)
+
+
+def accepts_all(state, layout, requests, tokens_D, chance, observes):
+    return REFERENCE.verify(state, layout, requests, tokens_D, 1.0, observes)
+
+
+def counts_nothing(state, layout, requests, tokens_D, chance, observes):
+    return REFERENCE.verify(state, layout, requests, tokens_D, chance, False)
 
 
 def not_a_number(gate_up: Tensor) -> Tensor:
@@ -63,7 +71,9 @@ def not_a_number(gate_up: Tensor) -> Tensor:
         ({"prepare_attention": sees_one_key_too_many}, "times as far off"),
         ({"linear": off_by_one_in_the_last_row}, "times as far off"),
         ({"swiglu": not_a_number}, "not finite"),
+        ({"lay_out": another_mask_token}, "rows of a step differ"),
         ({"verify": accepts_all}, "another verdict"),
+        ({"verify": counts_nothing}, "another state"),
     ],
 )
 def test_a_fault_is_found(fault: dict[str, Callable[..., object]], found: str) -> None:
