@@ -69,7 +69,7 @@ class CudaCapture:
 
 @dataclass(frozen=True, slots=True)
 class CapturedStep:
-    """A recorded step: its input on the device, [3, N], its output, and the version of the tables that it reads.
+    """A recorded step: its input on the device, [3, N], and its output.
 
     ``layout`` is kept because the replay reads its tensors where they are.
     """
@@ -78,7 +78,6 @@ class CapturedStep:
     bounds_3N: Tensor
     verdict: Verdict
     replay: Callable[[], None]
-    tables_version: int
 
 
 class StepGraphs:
@@ -100,7 +99,7 @@ class StepGraphs:
         level = _level(needs)
         for plan in plans:
             size = self.sizes.add(num_requests, plan)
-            if self._at_hand(size, level) is None:
+            if (size, level) not in self._captured:
                 self._captured[size, level] = self._record(size, level)
 
     def launch(self, plan: StepPlan) -> PendingResult | None:
@@ -112,7 +111,7 @@ class StepGraphs:
         if size is None or self._decoder.grammars.constrained(plan):
             return None
         levels = range(_level(host.needs(plan.slots)), len(LEVELS))
-        step = next((step for level in levels if (step := self._at_hand(size, level)) is not None), None)
+        step = next((step for level in levels if (step := self._captured.get((size, level)))), None)
         if step is None:
             return None
         bounds = self._no_bounds(size)
@@ -121,12 +120,6 @@ class StepGraphs:
         step.replay()
         self.num_replays += 1
         return PendingResult(plan, host, step.verdict.packed)
-
-    def _at_hand(self, size: StepSize, level: int) -> CapturedStep | None:
-        """The captured step, unless a table that it reads has moved since."""
-        step = self._captured.get((size, level))
-        is_stale = step is not None and LEVELS[level] == ALL_NEEDS and step.tables_version != self._decoder.batch.tables_version
-        return None if is_stale else step
 
     def _record(self, size: StepSize, level: int) -> CapturedStep:
         decoder, batch, needs = self._decoder, self._decoder.batch, LEVELS[level]
@@ -145,7 +138,7 @@ class StepGraphs:
             return decoder.verify(inputs, logits)
 
         verdict, replay = self._capture(run)
-        return CapturedStep(layout, bounds_3N, verdict, replay, batch.tables_version)
+        return CapturedStep(layout, bounds_3N, verdict, replay)
 
     def _no_bounds(self, size: StepSize) -> IntArray:
         """The input of a step of nobody but the null slot."""

@@ -22,9 +22,9 @@ from engine.core import EngineCore
 from engine.cuda_graphs import ALL_NEEDS, GREEDY, SAMPLED, TRUNCATED, StepGraphs
 from engine.decode.auto import GoodputPolicy
 from engine.decode.layout import _build_layout
-from engine.input_batch import ROOM_IN_TABLES, SamplingNeeds
+from engine.input_batch import SamplingNeeds
 from engine.messages import GenerateRequest, GrammarSpec
-from engine.sampling_params import DecodingMode, SamplingParams
+from engine.sampling_params import MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS, DecodingMode, SamplingParams
 from engine.step import DraftPlan
 from tests.engine.driver import drive
 from tests.engine.tiny import BLOCK_LENGTH, MAX_MODEL_LEN, tiny_engine, tiny_model
@@ -142,8 +142,8 @@ def test_a_step_without_a_captured_size_runs_all_the_same() -> None:
     assert not graphs.sizes.covers(3, DraftPlan(2, 1, BLOCK_LENGTH, has_anchor=True))
 
 
-def test_a_step_is_captured_once_for_its_size_and_needs_and_again_when_a_table_has_moved() -> None:
-    core, graphs = engine_with_graphs(needs=(GREEDY,))
+def test_a_step_is_captured_once_for_its_size_and_needs() -> None:
+    _, graphs = engine_with_graphs(needs=(GREEDY,))
     capture = graphs._capture
     assert isinstance(capture, FakeCapture)
 
@@ -155,12 +155,20 @@ def test_a_step_is_captured_once_for_its_size_and_needs_and_again_when_a_table_h
 
     assert recorded(GREEDY) == 0, "it was captured before"
     assert [recorded(SAMPLED), recorded(SAMPLED)] == [1, 0]
-    core.decoder.batch.make_tables()
     assert [recorded(ALL_NEEDS), recorded(ALL_NEEDS)] == [1, 0]
-    core.decoder.batch.biases.set(0, [(1, 0.5)])
-    assert recorded(ALL_NEEDS) == 0, "there is room for ordinary lists"
-    core.decoder.batch.biases.set(0, [(token, 0.5) for token in range(ROOM_IN_TABLES + 1)])
-    assert [recorded(ALL_NEEDS), recorded(SAMPLED)] == [1, 0]
+
+
+def test_the_longest_lists_of_biases_and_stops_are_replayed() -> None:
+    core, graphs = engine_with_graphs()
+    plain = tiny_engine(tiny_model("qwen3", 0, 1.0), page_size=4, num_branches=2)
+    # Ids beyond the tiny vocabulary cannot be asked for, but a list may be as long as any: its biases add up.
+    rng = random.Random(8)
+    biases = tuple((rng.randrange(8, 23), rng.uniform(-1, 1)) for _ in range(MAX_LOGIT_BIAS))
+    stops = tuple(rng.choices(range(8, 11), k=MAX_STOP_TOKEN_IDS))
+    sampling = SamplingParams(20, seed=1, temperature=0.7, min_tokens=9, stop_token_ids=stops, logit_bias=biases)
+    request = GenerateRequest("long lists", (9, 10), sampling)
+    assert answers(core, [request], {}) == answers(plain, [request], {})
+    assert graphs.num_replays > 0
 
 
 def test_what_a_replay_reads_is_kept_however_many_layouts_are_built() -> None:
