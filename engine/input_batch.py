@@ -44,12 +44,13 @@ class SamplingNeeds(Needs):
 class HostColumns:
     """What the host has to know of each slot's request to choose the code of a step.
 
+    ``is_diffusion_S``: whether it is decoded by diffusion.
     ``num_logprobs_S``, ``num_prompt_logprobs_S``: alternatives asked for, -1 where none are wanted at all.
     """
 
     def __init__(self, num_slots: int) -> None:
         self._needs_SF = np.zeros((num_slots, len(fields(SamplingNeeds))), dtype=bool)
-        self._is_diffusion_S = np.zeros(num_slots, dtype=bool)
+        self.is_diffusion_S = np.zeros(num_slots, dtype=bool)
         self.num_logprobs_S = np.full(num_slots, -1)
         self.num_prompt_logprobs_S = np.full(num_slots, -1)
 
@@ -57,7 +58,7 @@ class HostColumns:
         """A request takes its slot."""
         slot, sampling = admission.slot, admission.sampling
         self._needs_SF[slot] = astuple(SamplingNeeds.of([sampling]))
-        self._is_diffusion_S[slot] = admission.mode is DecodingMode.DIFFUSION
+        self.is_diffusion_S[slot] = admission.mode is DecodingMode.DIFFUSION
         self.num_logprobs_S[slot] = -1 if sampling.logprobs is None else sampling.logprobs
         self.num_prompt_logprobs_S[slot] = -1 if sampling.prompt_logprobs is None else sampling.prompt_logprobs
 
@@ -67,7 +68,7 @@ class HostColumns:
 
     def has_diffusion(self, slots: IntArray) -> bool:
         """Whether one of these slots' requests is decoded by diffusion."""
-        return bool(self._is_diffusion_S[slots].any())
+        return bool(self.is_diffusion_S[slots].any())
 
 
 class InputBatch:

@@ -5,7 +5,7 @@ Shape suffixes: N requests of the step, R rows, B branches at most.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from engine.decode.calibration import SurvivalTable
 from engine.decode.layout import StepLayout, build_layout
 from engine.decode.verify import rank_branches
 from engine.input_batch import InputBatch, SamplingNeeds
-from engine.step import IntArray, StepPlan
+from engine.step import IntArray, StepPlan, spread
 from engine.upload import upload
 from kernels.mask_layout import CLEAN
 from kernels.paged_attention.metadata import AttentionMetadata
@@ -80,7 +80,8 @@ class RowBuilder:
         bounds = StepBounds.of(upload(bounds_of(plan), device))
         prefill = upload(plan.prefill_token_ids, device)
         max_prefix = tuple(plan.max_computed.tolist())
-        return self.rows(layout, bounds, prefill, max_prefix, host.needs(plan.slots), has_diffusion)
+        inputs = self.rows(layout, bounds, prefill, max_prefix, host.needs(plan.slots), has_diffusion)
+        return replace(inputs, draft_rows=self._exact_draft_rows(plan, layout)) if has_diffusion else inputs
 
     def rows(
         self,
@@ -114,7 +115,7 @@ class RowBuilder:
                 limit=limit_R,
                 branch=branch_R,
             ),
-            draft_rows=self._draft_rows(layout, slot_N, has_diffusion),
+            draft_rows=layout.draft_rows,
             slot_N=slot_N,
             num_drafts_N=num_drafts_N,
             most_branches_N=bounds.num_branches_N,
@@ -123,10 +124,10 @@ class RowBuilder:
             has_diffusion=has_diffusion,
         )
 
-    def _draft_rows(self, layout: StepLayout, slot_N: Tensor, has_diffusion: bool) -> Tensor:
-        if not has_diffusion:
-            return layout.draft_rows
-        return layout.draft_rows[~self.batch.is_diffusion_S[slot_N[layout.request_R[layout.draft_rows]]]]
+    def _exact_draft_rows(self, plan: StepPlan, layout: StepLayout) -> Tensor:
+        """All rows of branches but those of diffusion requests. The host knows whose are whose; a mask would wait for it."""
+        counts_N = plan.num_mask_rows * ~self.batch.host.is_diffusion_S[plan.slots]
+        return upload(spread(np.array(layout.row_starts[1:]) - counts_N, counts_N), self.batch.device)
 
     def _num_drafts(self, bounds: StepBounds) -> Tensor:
         """Drafts that each request really runs.
