@@ -10,9 +10,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, StrictInt, Tag, model_validator
 
-from server.json_values import check_body
-
 from engine import MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS
+from server.json_values import check_body
 
 MAX_STOP_STRINGS = 16
 MAX_PROMPTS = 4096
