@@ -16,10 +16,19 @@ from engine.messages import (
     TokenLogprobs,
 )
 from engine.process import AsyncEngine
-from engine.sampling_params import MAX_LOGPROBS, DecodingMode, SamplingParams, choice_seed
+from engine.sampling_params import (
+    MAX_LOGIT_BIAS,
+    MAX_LOGPROBS,
+    MAX_STOP_TOKEN_IDS,
+    DecodingMode,
+    SamplingParams,
+    choice_seed,
+)
 
 __all__ = [
+    "MAX_LOGIT_BIAS",
     "MAX_LOGPROBS",
+    "MAX_STOP_TOKEN_IDS",
     "AsyncEngine",
     "CacheConfig",
     "DecodeConfig",

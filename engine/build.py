@@ -159,7 +159,8 @@ def _decoder(config: EngineConfig, model: Transformer, block_length: int | None,
     decode, page_size, tidar = config.decode, config.cache.page_size, model.config.tidar
     pages_per_sequence = -(-num_positions // page_size)
     slots, device = config.scheduler.max_num_seqs, model.embedding.device
-    batch = InputBatch(slots, block_length or 1, pages_per_sequence, model.config.vocab_size, device)
+    vocab_size, num_eos_tokens = model.config.vocab_size, len(model.config.eos_token_ids)
+    batch = InputBatch(slots, block_length or 1, pages_per_sequence, vocab_size, device, num_eos_tokens)
     settings = DecoderSettings(
         decode.trust_ar, decode.draft_temperature, decode.diffusion_threshold, decode.synthetic_acceptance
     )

@@ -33,6 +33,10 @@ class EngineCore:
         self.scheduler, self.decoder, self.runner, self.grammars = scheduler, decoder, runner, grammars
         self.info, self.depth, self.graphs = info, depth, graphs
         self._launched: deque[tuple[StepPlan, PendingResult]] = deque()
+        if graphs is not None:
+            # What was launched before there were requests does not count.
+            graphs.launches.clear()
+            scheduler.counters.launches = graphs.launches
 
     @property
     def has_work(self) -> bool:
@@ -73,17 +77,18 @@ class EngineCore:
         scheduled = time.perf_counter()
         if plan is not None:
             self._launched.append((plan, launch(plan, self.decoder, self.runner, self.graphs)))
-        read = applied = time.perf_counter()
+        launched = waited = applied = time.perf_counter()
         if self._launched and (plan is None or len(self._launched) > self.depth):
             oldest, pending = self._launched.popleft()
-            result = pending.read()
-            read = time.perf_counter()
-            answers, tokens = self.scheduler.apply(oldest, result)
+            pending.wait()
+            waited = time.perf_counter()
+            answers, tokens = self.scheduler.apply(oldest, pending.read())
             others += answers
             counters.num_steps += 1
             applied = time.perf_counter()
         counters.step_seconds += applied - begun
-        counters.host_seconds += (scheduled - begun) + (applied - read)
+        counters.launch_seconds += launched - scheduled
+        counters.host_seconds += (scheduled - begun) + (applied - waited)
         return StepOutputs(self.scheduler.stats(), tuple(others), tokens)
 
 

@@ -139,6 +139,9 @@ class RequestOutput:
 class EngineStats:
     """Gauges of the moment and counters since the engine started, read at scrape time.
 
+    ``host_seconds`` are those of scheduling steps and of their results, ``launch_seconds`` those of putting them on the device,
+    which without a GPU are the steps themselves; the rest of ``step_seconds`` the host waits. ``launches``, where steps are
+    captured, are how many were replayed, and how many were not, by the reason.
     ``plan`` is the one that ``auto`` follows now, empty where ``auto`` means a fixed plan; ``plan_goodput`` are the tokens per
     second that every plan was expected to give when it was chosen.
     """
@@ -164,6 +167,8 @@ class EngineStats:
     forwards: int = 0
     step_seconds: float = 0.0
     host_seconds: float = 0.0
+    launch_seconds: float = 0.0
+    launches: tuple[tuple[str, int], ...] = ()
     plan: str = ""
     plan_goodput: tuple[tuple[str, float], ...] = ()
 

@@ -16,6 +16,11 @@ MAX_REPETITION_PENALTY = 100.0
 MAX_LOGPROBS = 20
 """Most alternatives that may be asked for beside a token's own log-probability."""
 
+MAX_LOGIT_BIAS = 300
+"""Most tokens that may have a bias, as in OpenAI's API: the device has room for so many in every slot."""
+
+MAX_STOP_TOKEN_IDS = 256
+
 
 class DecodingMode(enum.Enum):
     """How a request is decoded. Every mode but ``DIFFUSION`` gives the same tokens; they differ in speed."""
@@ -83,6 +88,9 @@ class SamplingParams:
             raise ValueError(
                 f"repetition_penalty must be above 0 and at most {MAX_REPETITION_PENALTY:g}, got {self.repetition_penalty}"
             )
+        for name, most in (("logit_bias", MAX_LOGIT_BIAS), ("stop_token_ids", MAX_STOP_TOKEN_IDS)):
+            if len(getattr(self, name)) > most:
+                raise ValueError(f"{name} must have at most {most} tokens, got {len(getattr(self, name))}")
         for token, bias in self.logit_bias:
             if not -100.0 <= bias <= 100.0:
                 raise ValueError(f"logit_bias must be between -100 and 100, got {bias} for token {token}")

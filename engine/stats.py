@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,7 +15,10 @@ from engine.step import IntArray, columns
 
 @dataclass(slots=True)
 class EngineCounters:
-    """Totals since the engine started. A verifying step with ``n > 1`` is one draft, ``n - 1`` draft tokens."""
+    """Totals since the engine started. A verifying step with ``n > 1`` is one draft, ``n - 1`` draft tokens.
+
+    ``launches``: captured steps that were replayed, and why others were not; see ``StepGraphs``.
+    """
 
     num_steps: int = 0
     num_preemptions: int = 0
@@ -34,6 +38,8 @@ class EngineCounters:
     forwards: int = 0
     step_seconds: float = 0.0
     host_seconds: float = 0.0
+    launch_seconds: float = 0.0
+    launches: Counter[str] = field(default_factory=Counter)
 
     def count_admission(self, request: Request, num_cached: int) -> None:
         """A request was admitted for the first time."""
@@ -85,12 +91,13 @@ class EngineCounters:
         plan_goodput: tuple[tuple[str, float], ...] = (),
     ) -> EngineStats:
         """Freeze the counters beside the gauges of the moment."""
-        values = {name: getattr(self, name) for name in self.__slots__ if name != "accepted_per_position"}
+        values = {name: getattr(self, name) for name in self.__slots__ if name not in ("accepted_per_position", "launches")}
         return EngineStats(
             num_running=num_running,
             num_waiting=num_waiting,
             kv_cache_usage=kv_cache_usage,
             accepted_per_position=tuple(self.accepted_per_position),
+            launches=tuple(self.launches.items()),
             plan=plan,
             plan_goodput=plan_goodput,
             **values,

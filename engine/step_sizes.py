@@ -67,11 +67,18 @@ class StepSizes:
 
         None where there is none that covers them, or only one that is much larger.
         """
+        size = self.covering(plans_N4)
+        if size is None:
+            return None
+        num_rows = int((plans_N4[:, 0] + plans_N4[:, 1] * (plans_N4[:, 2] + plans_N4[:, 3])).sum())
+        return size if size.num_rows <= max(FREE_ROWS, MOST_PADDING * num_rows) else None
+
+    def covering(self, plans_N4: IntArray) -> StepSize | None:
+        """The size with the fewest rows that has room for these plans, however much of it would be padding."""
         drafts, branches = int(plans_N4[:, 0].max()), int(plans_N4[:, 1].max())
         blocks = {(block, bool(anchor)) for block, anchor in plans_N4[plans_N4[:, 1] > 0, 2:].tolist()}
         for size in self._by_places[self.num_places(len(plans_N4))]:
             fits = size.num_drafts >= drafts and size.num_branches >= branches
             if fits and blocks <= {(size.block_length, size.has_anchor)}:
-                num_rows = int((plans_N4[:, 0] + plans_N4[:, 1] * (plans_N4[:, 2] + plans_N4[:, 3])).sum())
-                return size if size.num_rows <= max(FREE_ROWS, MOST_PADDING * num_rows) else None
+                return size
         return None

@@ -16,5 +16,5 @@ def upload(numbers: NDArray[Any] | Sequence[int] | Tensor, device: torch.device)
 
     The copy to a GPU goes through pinned memory, ordered on the stream, and the host goes on.
     """
-    host = numbers if isinstance(numbers, Tensor) else torch.from_numpy(np.array(numbers))
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
+    host = numbers if isinstance(numbers, Tensor) else torch.from_numpy(np.array(numbers, order="C"))
+    return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)

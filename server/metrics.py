@@ -53,7 +53,11 @@ _COUNTERS = {
     "tidar:branch_hits": ("branch_hits", "Steps whose accepted count was that of a branch in the plan."),
     "tidar:branch_misses": ("branch_misses", "Steps whose accepted count was that of no branch in the plan."),
     "tidar:step_seconds": ("step_seconds", "Seconds spent in engine steps."),
-    "tidar:host_seconds": ("host_seconds", "Seconds of engine steps spent on the host."),
+    "tidar:host_seconds": ("host_seconds", "Seconds of engine steps spent on scheduling them and on their results."),
+    "tidar:launch_seconds": (
+        "launch_seconds",
+        "Seconds of engine steps spent on putting them on the device; without a GPU, on computing them.",
+    ),
 }
 
 _GAUGES = {
@@ -159,6 +163,7 @@ class EngineCollector(Collector):
             yield self._one(CounterMetricFamily(name, text, labels=_LABELS), getattr(stats, field))
         yield self._accepted_per_position(stats)
         yield self._rows(stats)
+        yield from self._launches(stats)
         yield from self._plan(stats)
         yield self._cache_config()
 
@@ -178,6 +183,17 @@ class EngineCollector(Collector):
         for kind, count in (("prefill", stats.prefill_rows), ("draft", stats.draft_rows), ("mask", stats.mask_rows)):
             family.add_metric((*self._labels, kind), count)
         return family
+
+    def _launches(self, stats: EngineStats) -> Iterator[Metric]:
+        """How many steps were CUDA graphs, and why the others were not; nothing where no step is captured."""
+        if not stats.launches:
+            return
+        text = "Launched steps: replayed as a CUDA graph, or run operation by operation, for what reason."
+        family = CounterMetricFamily("tidar:launched_steps", text, labels=(*_LABELS, "mode", "reason"))
+        for outcome, count in stats.launches:
+            mode = ("replayed", "") if outcome == "replayed" else ("eager", outcome)
+            family.add_metric((*self._labels, *mode), count)
+        yield family
 
     def _plan(self, stats: EngineStats) -> Iterator[Metric]:
         """The plan that ``auto`` follows, and why: what every plan was expected to give when it was chosen."""

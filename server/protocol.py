@@ -10,13 +10,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, StrictInt, Tag, model_validator
 
+from engine import MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS
 from server.json_values import check_body
 
 MAX_STOP_STRINGS = 16
-MAX_STOP_TOKEN_IDS = 256
 MAX_PROMPTS = 4096
 MAX_MESSAGES = 16_384
-MAX_LOGIT_BIAS = 1024
 MAX_CHOICES = 1024
 MAX_TOOLS = 128
 MAX_TOKEN_IDS = 2**22

@@ -2,7 +2,8 @@
 
 A mask depends on the tokens before it, so it has to be known on the host which drafts a request holds. That is so once they
 are made: they are walked through the grammar at the end of the step that made them, and the masks of the next step's verifying
-rows are written on the way. A constrained request costs its step one read from the device, and nobody else's.
+rows are written on the way. So a step with a constrained request is the one step in which the host waits for what it has just
+launched: once, and once more for each time that drafts have to be drawn again.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ from torch import Tensor
 from engine.decode.inputs import StepInputs
 from engine.decode.layout import StepLayout
 from engine.decode.sampling import DrawDrafts
+from engine.download import Download
 from engine.grammar import GrammarError, Matcher, empty_mask
 from engine.input_batch import InputBatch
 from engine.step import Admission, StepPlan
+from engine.upload import upload
 from kernels.process_logits.metadata import GrammarRows
 
 
@@ -79,7 +82,7 @@ class GrammarTable:
         counts = plan.num_drafts[list(constrained)].tolist()
         rows = [layout.verify_starts[i] + j for i, count in zip(constrained, counts, strict=True) for j in range(count)]
         masks = [self._by_slot[int(plan.slots[i])].masks[:n] for i, n in zip(constrained, counts, strict=True)]
-        return GrammarRows(torch.tensor(rows, device=self._device), torch.cat(masks).to(self._device))
+        return GrammarRows(upload(rows, self._device), upload(torch.cat(masks), self._device))
 
     def advance(self, slot: int, token_ids: Sequence[int]) -> None:
         """The slot's request emitted these tokens: what may follow the last of them is written into its first mask."""
@@ -108,12 +111,12 @@ class GrammarTable:
         ``packed`` is the verdict's: the first and the third column are the tokens emitted and the drafts held.
         """
         layout = inputs.layout
-        chosen_C = torch.tensor(constrained, device=batch.device)
+        chosen_C = upload(constrained, batch.device)
         slot_C = inputs.slot_N[chosen_C]
         width = layout.max_drafts
-        read = torch.cat((packed[chosen_C, 0:3:2], sampled_ND[chosen_C], batch.drafts_SK[slot_C]), dim=1).tolist()
+        (read,) = Download(torch.cat((packed[chosen_C, 0:3:2], sampled_ND[chosen_C], batch.drafts_SK[slot_C]), dim=1)).read()
         walks = []
-        for i, row in zip(constrained, read, strict=True):
+        for i, row in zip(constrained, read.tolist(), strict=True):
             slot, num_emitted, num_held = int(plan.slots[i]), row[0], row[1]
             self.advance(slot, row[2 : 2 + num_emitted])
             walks.append(DraftWalk(slot, row[2 + width : 2 + width + num_held]))
@@ -121,7 +124,7 @@ class GrammarTable:
         accepted_C = (computed_C - inputs.attention.prefix_lengths[chosen_C] - layout.num_prefill_N[chosen_C]) - 1
 
         def resample(numbers: Sequence[int], draft: int, masks: Tensor) -> list[int]:
-            walk = torch.tensor(numbers, device=batch.device)
+            walk = upload(numbers, batch.device)
             request, slot = chosen_C[walk], slot_C[walk]
             rank = (inputs.order_NB[request] == accepted_C[walk, None]).int().argmax(dim=1)
             tokens, probs = draw(
@@ -131,11 +134,11 @@ class GrammarTable:
                 slot,
                 torch.full_like(slot, draft - 1),
                 computed_C[walk] + draft,
-                GrammarRows(torch.arange(len(walk), device=batch.device), masks.to(batch.device)),
+                GrammarRows(torch.arange(len(walk), device=batch.device), upload(masks, batch.device)),
             )
             batch.drafts_SK[slot, draft], batch.draft_probs_SK[slot, draft] = tokens, probs
-            drawn: list[int] = tokens.tolist()
-            return drawn
+            (drawn,) = Download(tokens).read()
+            return drawn.tolist()
 
         self.walk(walks, resample)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 from engine.decode.calibration import SurvivalTable
 from engine.decode.layout import build_layout
 from engine.input_batch import InputBatch, SamplingNeeds
-from engine.step import IntArray, StepPlan
+from engine.step import IntArray, StepPlan, spread
 from engine.upload import upload
 from kernels.backend import Kernels
 from kernels.decode_state import DecodeState
@@ -90,7 +90,8 @@ class RowBuilder:
         layout = build_layout(plan.shapes, first_masks or has_diffusion, device)
         bounds_3N, prefill = upload(bounds_of(plan), device), upload(plan.prefill_token_ids, device)
         max_prefix = tuple(plan.max_computed.tolist())
-        return self.rows(layout, bounds_3N, prefill, max_prefix, host.needs(plan.slots), has_diffusion)
+        inputs = self.rows(layout, bounds_3N, prefill, max_prefix, host.needs(plan.slots), has_diffusion)
+        return replace(inputs, draft_rows=self._exact_draft_rows(plan, layout)) if has_diffusion else inputs
 
     def rows(
         self,
@@ -118,7 +119,7 @@ class RowBuilder:
                 limit=rows.limit_R,
                 branch=rows.branch_R,
             ),
-            draft_rows=self._draft_rows(layout, slot_N, has_diffusion),
+            draft_rows=layout.draft_rows,
             slot_N=slot_N,
             num_drafts_N=rows.num_drafts_N,
             most_branches_N=most_branches_N,
@@ -129,7 +130,7 @@ class RowBuilder:
             has_diffusion=has_diffusion,
         )
 
-    def _draft_rows(self, layout: StepLayout, slot_N: Tensor, has_diffusion: bool) -> Tensor:
-        if not has_diffusion:
-            return layout.draft_rows
-        return layout.draft_rows[~self.batch.is_diffusion_S[slot_N[layout.request_R[layout.draft_rows]]]]
+    def _exact_draft_rows(self, plan: StepPlan, layout: StepLayout) -> Tensor:
+        """All rows of branches but those of diffusion requests. The host knows whose are whose; a mask would wait for it."""
+        counts_N = plan.num_mask_rows * ~self.batch.host.is_diffusion_S[plan.slots]
+        return upload(spread(np.array(layout.row_starts[1:]) - counts_N, counts_N), self.batch.device)

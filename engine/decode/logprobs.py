@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from engine.decode.inputs import StepInputs
+from engine.decode.layout import StepLayout
 from engine.input_batch import HostColumns
 from engine.messages import TokenLogprobs
 from engine.step import StepPlan
@@ -19,20 +19,16 @@ ROWS_AT_ONCE = 256
 """Bounds the memory of a long prompt over a large vocabulary."""
 
 
-@dataclass(frozen=True, slots=True)
-class Logprobs:
-    """Of Q rows: the token's own value, its rank from 1, and the K largest with their tokens."""
+class Logprobs(NamedTuple):
+    """Of Q rows: the tokens [Q, 1 + K], the row's own before the K likeliest, their values, and the rank from 1 of its own."""
 
-    token_Q: Tensor
-    logprob_Q: Tensor
+    token_ids: Tensor
+    logprobs: Tensor
     rank_Q: Tensor
-    top_tokens_QK: Tensor
-    top_logprobs_QK: Tensor
 
-    def read(self) -> Iterator[TokenLogprobs]:
-        """The rows as plain data; waits for the device."""
-        lists = (self.token_Q, self.logprob_Q, self.rank_Q, self.top_tokens_QK, self.top_logprobs_QK)
-        for token, logprob, rank, tokens, values in zip(*(t.tolist() for t in lists), strict=True):
+    def rows(self) -> Iterator[TokenLogprobs]:
+        """The rows as plain data, of tensors on the host."""
+        for (token, *tokens), (logprob, *values), rank in zip(*(tensor.tolist() for tensor in self), strict=True):
             yield TokenLogprobs(token, logprob, rank, tuple(zip(tokens, values, strict=True)))
 
 
@@ -42,23 +38,26 @@ def raw_logprobs(logits_QV: Tensor, token_Q: Tensor, num_top: int) -> Logprobs:
         _raw_logprobs(logits, token, num_top)
         for logits, token in zip(logits_QV.split(ROWS_AT_ONCE), token_Q.split(ROWS_AT_ONCE), strict=True)
     ]
-    return Logprobs(token_Q, *(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+    return Logprobs(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
 
 
-def _raw_logprobs(logits_QV: Tensor, token_Q: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _raw_logprobs(logits_QV: Tensor, token_Q: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor]:
     dtype = torch.promote_types(logits_QV.dtype, torch.float32)
-    values = logits_QV.to(dtype).log_softmax(dim=-1)
-    logprob = values.gather(1, token_Q[:, None])
-    rank = (values > logprob).sum(dim=1) + 1
+    values, token_Q1 = logits_QV.to(dtype).log_softmax(dim=-1), token_Q[:, None]
+    logprob_Q1 = values.gather(1, token_Q1)
+    rank = (values > logprob_Q1).sum(dim=1) + 1
     top, tokens = values.topk(min(num_top, values.shape[1]), dim=1)
-    return logprob.squeeze(1), rank, tokens, top
+    return torch.cat((token_Q1, tokens), dim=1), torch.cat((logprob_Q1, top), dim=1), rank
 
 
 def verified_logprobs(
-    host: HostColumns, plan: StepPlan, inputs: StepInputs, logits_QV: Tensor, sampled_ND: Tensor
+    host: HostColumns, plan: StepPlan, layout: StepLayout, logits_QV: Tensor, sampled_ND: Tensor
 ) -> Logprobs | None:
-    """Of every verifying row of the requests that want them, request by request."""
-    layout, asked_N = inputs.layout, host.num_logprobs_S[plan.slots]
+    """Of every verifying row of the requests that want them, request by request.
+
+    The step may have been laid out for more requests, drafts and branches than the plan has, as a captured one is.
+    """
+    asked_N = host.num_logprobs_S[plan.slots]
     wanting = np.flatnonzero(asked_N >= 0).tolist()
     rows = [layout.verify_starts[i] + draft for i in wanting for draft in range(plan.num_drafts[i])]
     if not rows:
@@ -68,9 +67,9 @@ def verified_logprobs(
     return raw_logprobs(logits_QV[rows_Q], tokens_Q, int(asked_N.max()))
 
 
-def prompt_logprobs(host: HostColumns, plan: StepPlan, inputs: StepInputs, logits_QV: Tensor) -> Logprobs | None:
+def prompt_logprobs(host: HostColumns, plan: StepPlan, layout: StepLayout, logits_QV: Tensor) -> Logprobs | None:
     """Of the prompt tokens that follow this step's prefill rows, for the requests that want them."""
     if not len(plan.prompt_targets):
         return None
     most = int(host.num_prompt_logprobs_S[plan.slots].max())
-    return raw_logprobs(logits_QV[inputs.layout.prompt_logits :], upload(plan.prompt_targets, logits_QV.device), most)
+    return raw_logprobs(logits_QV[layout.prompt_logits :], upload(plan.prompt_targets, logits_QV.device), most)

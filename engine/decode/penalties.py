@@ -1,17 +1,19 @@
 """What was said before, and what was asked for single tokens: the per-slot tables behind penalties, biases and bans.
 
-They are made when the first request asks for them, so that a server whose clients never do pays nothing.
-Shape suffixes: S slots, V vocabulary, W entries of the longest list, Q rows, K drafts.
+None of them moves once it is made, since captured steps read them where they are.
+Shape suffixes: S slots, A admitted requests, V vocabulary, W entries of the longest list, E entries of all lists, Q rows, K
+drafts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from engine.step import IntArray
 from engine.upload import upload
 
 
@@ -22,14 +24,17 @@ class TokenCounts:
         self.in_prompt_SV = torch.zeros((num_slots, vocab_size), dtype=torch.bool, device=device)
         self.output_SV = torch.zeros((num_slots, vocab_size), dtype=torch.int32, device=device)
 
-    def reset(self, slot: int, prompt: Sequence[int], output: Sequence[int]) -> None:
-        """A request takes the slot."""
-        device, vocab_size = self.output_SV.device, self.output_SV.shape[1]
-        said = np.zeros(vocab_size, dtype=bool)
-        said[list(prompt)] = True
-        self.in_prompt_SV[slot] = upload(said, device)
-        counts = np.bincount(np.array(output, dtype=np.int64), minlength=vocab_size)
-        self.output_SV[slot] = upload(counts.astype(np.int32), device)
+    def admit(self, slots: Sequence[int], prompts: Sequence[Sequence[int]], outputs: Sequence[Sequence[int]]) -> None:
+        """Requests that have said this take the slots."""
+        device = self.output_SV.device
+        slot_A = upload(slots, device)
+        self.in_prompt_SV.index_fill_(0, slot_A, False)
+        self.output_SV.index_fill_(0, slot_A, 0)
+        slot_E, token_E, _ = upload(_counted(slots, prompts), device).unbind(0)
+        self.in_prompt_SV[slot_E, token_E] = torch.ones_like(token_E, dtype=torch.bool)
+        if any(outputs):
+            slot_E, token_E, count_E = upload(_counted(slots, outputs), device).unbind(0)
+            self.output_SV[slot_E, token_E] = count_E.int()
 
     def add(self, slot_N: Tensor, tokens_NK: Tensor, num_N: Tensor) -> None:
         """The first ``num`` of a slot's ``tokens`` were emitted."""
@@ -45,30 +50,34 @@ class TokenCounts:
         return counts.scatter_add_(1, tokens_QK, counted.to(torch.int32))
 
 
+def _counted(slots: Sequence[int], texts: Sequence[Sequence[int]]) -> IntArray:
+    """The different tokens of every slot's text: slot, token and how often, [3, E]."""
+    found = []
+    for slot, text in zip(slots, texts, strict=True):
+        tokens, counts = np.unique(np.array(text, dtype=np.int64), return_counts=True)
+        found.append(np.stack((np.full_like(tokens, slot), tokens, counts)))
+    return np.concatenate(found, axis=1)
+
+
 class TokenTable:
-    """A list of (token id, value) for each slot, padded with zeros for token 0, which add nothing."""
+    """A list of (token id, value) for each slot, at most ``width`` long, padded with zeros for token 0, which add nothing."""
 
-    def __init__(self, num_slots: int, device: torch.device) -> None:
-        self.ids_SW = torch.zeros((num_slots, 0), dtype=torch.long, device=device)
-        self.values_SW = torch.zeros((num_slots, 0), dtype=torch.float64, device=device)
-        self.num_moves = 0
+    def __init__(self, num_slots: int, width: int, device: torch.device) -> None:
+        self.ids_SW = torch.zeros((num_slots, width), dtype=torch.long, device=device)
+        self.values_SW = torch.zeros((num_slots, width), dtype=torch.float64, device=device)
 
-    def widen(self, width: int) -> None:
-        """Make room for lists of this length, which moves the table if there is none."""
-        missing = width - self.ids_SW.shape[1]
-        if missing > 0:
-            self.ids_SW = torch.nn.functional.pad(self.ids_SW, (0, missing))
-            self.values_SW = torch.nn.functional.pad(self.values_SW, (0, missing))
-            self.num_moves += 1
-
-    def set(self, slot: int, entries: Sequence[tuple[int, float]]) -> None:
-        """A request with these entries, of different tokens, takes the slot."""
-        if len(entries) > self.ids_SW.shape[1]:
-            # Twice the width, so that growing is rare.
-            self.widen(max(len(entries), 2 * self.ids_SW.shape[1]))
-        self.ids_SW[slot].zero_()
-        self.values_SW[slot].zero_()
+    def admit(self, slot_A: Tensor, slots: Sequence[int], lists: Iterable[Iterable[tuple[int, float]]]) -> None:
+        """Requests with these entries, each list's of different tokens, take the slots, which are given on both sides."""
+        self.ids_SW.index_fill_(0, slot_A, 0)
+        self.values_SW.index_fill_(0, slot_A, 0.0)
+        # Slots, places and token ids are exact as float64, so that one upload holds them all.
+        entries = [
+            (slot, place, token, value)
+            for slot, entries in zip(slots, lists, strict=True)
+            for place, (token, value) in enumerate(entries)
+        ]
         if entries:
-            ids, values = zip(*entries, strict=True)
-            self.ids_SW[slot, : len(ids)] = upload(ids, self.ids_SW.device)
-            self.values_SW[slot, : len(ids)] = upload(np.array(values, dtype=np.float64), self.ids_SW.device)
+            columns_4E = upload(np.array(entries, dtype=np.float64).T, self.ids_SW.device)
+            slot_E, place_E, id_E = columns_4E[:3].long().unbind(0)
+            self.ids_SW[slot_E, place_E] = id_E
+            self.values_SW[slot_E, place_E] = columns_4E[3]

@@ -99,8 +99,8 @@ class TidarDecoder:
             plan,
             host,
             verdict.packed,
-            verified_logprobs(host, plan, inputs, logits_QV, verdict.sampled_ND),
-            prompt_logprobs(host, plan, inputs, logits_QV),
+            verified_logprobs(host, plan, inputs.layout, logits_QV, verdict.sampled_ND),
+            prompt_logprobs(host, plan, inputs.layout, logits_QV),
             self.grammars.errors(plan),
         )
 

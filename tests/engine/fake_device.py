@@ -77,6 +77,9 @@ class Pending:
     result: StepResult
     events: list[tuple[str, int]]
 
+    def wait(self) -> None:
+        pass
+
     def read(self) -> StepResult:
         self.events.append(("read", self.result.step_id))
         return self.result

@@ -1,58 +1,40 @@
-"""Captured steps give the tokens of steps that run operation by operation, with a capture that needs no GPU.
-
-The fake capture keeps what a CUDA graph keeps: a function that saw the host's data only once, whose results appear in the
-tensors of the first run. So host data that a replay would not see, or a result that is not where it was, changes an answer.
-"""
+"""Captured steps give the tokens of steps that run operation by operation, with a capture that needs no GPU."""
 
 from __future__ import annotations
 
 import gc
 import random
 import weakref
-from collections.abc import Callable
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from engine import step_sizes
 from engine.core import EngineCore
 from engine.cuda_graphs import ALL_NEEDS, GREEDY, SAMPLED, TRUNCATED, StepGraphs
 from engine.decode.auto import GoodputPolicy
 from engine.decode.layout import _build_layout
-from engine.input_batch import ROOM_IN_TABLES, SamplingNeeds
+from engine.decode.policy import Drafting
+from engine.input_batch import SamplingNeeds
 from engine.messages import GenerateRequest, GrammarSpec
-from engine.sampling_params import DecodingMode, SamplingParams
+from engine.sampling_params import MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS, DecodingMode, SamplingParams
 from engine.step import DraftPlan
+from kernels.process_logits import reference
 from tests.engine.driver import drive
+from tests.engine.fake_capture import FakeCapture
 from tests.engine.tiny import BLOCK_LENGTH, MAX_MODEL_LEN, tiny_engine, tiny_model
+from tests.engine.workload import same
 
 PLANS = [DraftPlan(1, 0, 1), DraftPlan(1, 1, BLOCK_LENGTH), DraftPlan(BLOCK_LENGTH, 2, BLOCK_LENGTH)]
 MODES = (DecodingMode.AR, DecodingMode.LINEAR, DecodingMode.TIDAR)
 
 
-class FakeCapture:
-    """Runs again and copies the results to where they were."""
-
-    def __init__(self) -> None:
-        self.num_recorded = 0
-
-    def __call__(self, run: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
-        self.num_recorded += 1
-        first = run()
-
-        def replay() -> None:
-            for old, new in zip(tensors_in(first), tensors_in(run()), strict=True):
-                old.copy_(new)
-
-        return first, replay
-
-
-def tensors_in(result: Any) -> list[Tensor]:
-    assert is_dataclass(result)
-    return [getattr(result, field.name) for field in fields(result)]
+@pytest.fixture(autouse=True)
+def sorted_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: what NumPy returns is a tensor that no capture sees being made."""
+    monkeypatch.setattr(reference, "_descending", lambda logits: logits.sort(dim=-1, descending=True).values)
 
 
 def engine_with_graphs(
@@ -84,8 +66,14 @@ def test_an_engine_with_a_capture_records_every_step_that_its_plans_may_take(dep
     requests = random_requests(random.Random(4), 16)
     requests += [replace(request, request_id=f"auto {i}", decoding=DecodingMode.AUTO) for i, request in enumerate(requests)]
     recorded = capture.num_recorded
+    assert graphs.num_replays == 0, "what was timed at the start does not count"
     assert answers(core, requests, {}) == answers(plain, requests, {})
-    assert graphs.num_replays > 20
+    stats = core.scheduler.stats()
+    assert graphs.num_replays == dict(stats.launches)["replayed"] > 20
+    assert sum(dict(stats.launches).values()) == stats.num_steps
+    assert stats.step_seconds > stats.launch_seconds + stats.host_seconds
+    assert min(stats.launch_seconds, stats.host_seconds) > 0
+    assert not plain.scheduler.stats().launches, "nothing is captured there"
     assert capture.num_recorded == recorded, "a step was captured while requests ran"
 
 
@@ -115,22 +103,41 @@ def test_captured_steps_give_the_tokens_of_uncaptured_ones(depth: int, options: 
     assert graphs.num_replays > 20
 
 
-def test_the_host_has_a_part_in_some_steps_and_those_are_not_replayed() -> None:
+@pytest.mark.parametrize("depth", [0, 1])
+def test_log_probabilities_are_computed_behind_the_graph(depth: int) -> None:
+    rng = random.Random(6)
+    requests = [
+        replace(request, sampling=replace(request.sampling, logprobs=rng.choice((None, None, 0, 3, 20))))
+        for request in random_requests(rng, 20)
+    ]
+    arrivals = {request.request_id: rng.randrange(30) for request in requests}
+    plain = tiny_engine(tiny_model("qwen3", 0, 1.0), page_size=4, depth=depth, num_branches=2)
+    core, graphs = engine_with_graphs(depth=depth)
+    given, expected = answers(core, requests, arrivals), answers(plain, requests, arrivals)
+    assert all(same(given[name], answer) for name, answer in expected.items())
+    assert sum(len(answer.logprobs) for answer in given.values()) > 50
+    assert set(graphs.launches) <= {"replayed", "prefill", "padding"}
+    assert graphs.num_replays > 10
+
+
+@pytest.mark.parametrize(
+    ("reason", "options"),
+    [
+        ("prefill", {"prompt_token_ids": tuple(range(8, 20))}),
+        ("grammar", {"grammar": GrammarSpec('{"grammars": [{"lark_grammar": "start: /[a-h]+/"}]}')}),
+        ("diffusion", {"decoding": DecodingMode.DIFFUSION}),
+    ],
+)
+def test_steps_in_which_the_host_has_a_part_are_not_replayed(reason: str, options: dict[str, Any]) -> None:
     core, graphs = engine_with_graphs()
     plain = tiny_engine(tiny_model("qwen3", 0, 1.0), page_size=4, num_branches=2)
-    sampling = SamplingParams(12, seed=1, temperature=0.7)
-    logged = SamplingParams(12, seed=1, temperature=0.7, logprobs=3)
-    for request in (
-        GenerateRequest(
-            "grammar", (9, 10), sampling, grammar=GrammarSpec('{"grammars": [{"lark_grammar": "start: /[a-h]+/"}]}')
-        ),
-        GenerateRequest("logprobs", (9, 10), logged),
-        GenerateRequest("diffusion", (9, 10), sampling, DecodingMode.DIFFUSION),
-    ):
-        assert answers(core, [request], {}) == answers(plain, [request], {})
-    assert graphs.num_replays == 0
-    answers(core, [GenerateRequest("plain", (9, 10), sampling)], {})
-    assert graphs.num_replays > 0
+    request = GenerateRequest("plain", (9,), SamplingParams(12, seed=1, temperature=0.7))
+    answers(core, [request], {})
+    assert set(graphs.launches) == {"replayed"}, "a prompt of one token has nothing to prefill"
+    request = replace(request, request_id=reason, **options)
+    before = graphs.launches.copy()
+    assert answers(core, [request], {}) == answers(plain, [request], {})
+    assert set(graphs.launches - before) == {reason} | ({"replayed"} if reason == "prefill" else set())
 
 
 def test_a_step_without_a_captured_size_runs_all_the_same() -> None:
@@ -142,8 +149,8 @@ def test_a_step_without_a_captured_size_runs_all_the_same() -> None:
     assert not graphs.sizes.covers(3, DraftPlan(2, 1, BLOCK_LENGTH, has_anchor=True))
 
 
-def test_a_step_is_captured_once_for_its_size_and_needs_and_again_when_a_table_has_moved() -> None:
-    core, graphs = engine_with_graphs(needs=(GREEDY,))
+def test_a_step_is_captured_once_for_its_size_and_needs() -> None:
+    _, graphs = engine_with_graphs(needs=(GREEDY,))
     capture = graphs._capture
     assert isinstance(capture, FakeCapture)
 
@@ -155,12 +162,20 @@ def test_a_step_is_captured_once_for_its_size_and_needs_and_again_when_a_table_h
 
     assert recorded(GREEDY) == 0, "it was captured before"
     assert [recorded(SAMPLED), recorded(SAMPLED)] == [1, 0]
-    core.decoder.batch.make_tables()
     assert [recorded(ALL_NEEDS), recorded(ALL_NEEDS)] == [1, 0]
-    core.decoder.batch.biases.set(0, [(1, 0.5)])
-    assert recorded(ALL_NEEDS) == 0, "there is room for ordinary lists"
-    core.decoder.batch.biases.set(0, [(token, 0.5) for token in range(ROOM_IN_TABLES + 1)])
-    assert [recorded(ALL_NEEDS), recorded(SAMPLED)] == [1, 0]
+
+
+def test_the_longest_lists_of_biases_and_stops_are_replayed() -> None:
+    core, graphs = engine_with_graphs()
+    plain = tiny_engine(tiny_model("qwen3", 0, 1.0), page_size=4, num_branches=2)
+    # Ids beyond the tiny vocabulary cannot be asked for, but a list may be as long as any: its biases add up.
+    rng = random.Random(8)
+    biases = tuple((rng.randrange(8, 23), rng.uniform(-1, 1)) for _ in range(MAX_LOGIT_BIAS))
+    stops = tuple(rng.choices(range(8, 11), k=MAX_STOP_TOKEN_IDS))
+    sampling = SamplingParams(20, seed=1, temperature=0.7, min_tokens=9, stop_token_ids=stops, logit_bias=biases)
+    request = GenerateRequest("long lists", (9, 10), sampling)
+    assert answers(core, [request], {}) == answers(plain, [request], {})
+    assert graphs.num_replays > 0
 
 
 def test_what_a_replay_reads_is_kept_however_many_layouts_are_built() -> None:
@@ -176,6 +191,16 @@ def test_what_a_replay_reads_is_kept_however_many_layouts_are_built() -> None:
     assert layout() is not None, "the replay would read memory that was given back"
 
 
+def test_a_table_that_has_moved_since_it_was_captured_does_not_go_unnoticed() -> None:
+    core, _ = engine_with_graphs()
+    biases = core.decoder.batch.biases
+    biases.ids_SW = biases.ids_SW.clone()
+    sampling = SamplingParams(9, seed=1, temperature=0.0)
+    answers(core, [GenerateRequest("does not read it", (9,), sampling)], {})
+    with pytest.raises(AssertionError, match="where its inputs were"):
+        answers(core, [GenerateRequest("reads it", (9,), replace(sampling, logit_bias=((9, 1.0),)))], {})
+
+
 def test_nothing_is_captured_while_requests_run_and_what_is_not_at_hand_runs_without() -> None:
     core, graphs = engine_with_graphs(needs=(GREEDY,))
     capture, plain = graphs._capture, tiny_engine(tiny_model("qwen3", 0, 1.0), page_size=4, num_branches=2)
@@ -184,6 +209,8 @@ def test_nothing_is_captured_while_requests_run_and_what_is_not_at_hand_runs_wit
     recorded = capture.num_recorded
     assert answers(core, [request], {}) == answers(plain, [request], {})
     assert (capture.num_recorded, graphs.num_replays) == (recorded, 0), "greedy steps alone were captured"
+    assert graphs.launches["options"] > 0
+    graphs.launches.clear()
     with torch.inference_mode():
         for num_requests in graphs.sizes.buckets:
             graphs.prepare(num_requests, PLANS, ALL_NEEDS)
@@ -202,3 +229,8 @@ def test_a_captured_step_is_not_taken_where_it_would_be_mostly_padding(monkeypat
     replays = graphs.num_replays
     drive(core, requests)
     assert graphs.num_replays - replays > replays, "one that drafts makes eight times the rows"
+    assert graphs.launches["padding"] > 0
+    unlike = GenerateRequest("unlike", (9, 10), SamplingParams(9, seed=9, temperature=0.0), DecodingMode.TIDAR)
+    core.scheduler.planner.use(DecodingMode.TIDAR, Drafting(BLOCK_LENGTH, 3))
+    drive(core, [unlike])
+    assert graphs.launches["size"] > 0, "three branches were not captured"

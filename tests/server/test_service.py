@@ -130,6 +130,8 @@ SNAPSHOT = EngineStats(
     forwards=19,
     step_seconds=20.5,
     host_seconds=21.5,
+    launch_seconds=22.5,
+    launches=(("replayed", 23), ("prefill", 24)),
 )
 
 EXPECTED = {
@@ -150,6 +152,7 @@ EXPECTED = {
     "tidar:forwards_total": 19,
     "tidar:step_seconds_total": 20.5,
     "tidar:host_seconds_total": 21.5,
+    "tidar:launch_seconds_total": 22.5,
     "tidar:steps_total": 3,
 }
 
@@ -188,6 +191,9 @@ async def test_metrics_of_the_engine(make_client):
     accepted = "vllm:spec_decode_num_accepted_tokens_per_pos_total"
     assert [found[accepted, (("position", str(i)),)] for i in (0, 1)] == [12, 13]
     assert [found["tidar:rows_total", (("kind", kind),)] for kind in ("prefill", "draft", "mask")] == [14, 15, 16]
+    launched = "tidar:launched_steps_total"
+    assert found[launched, (("mode", "replayed"), ("reason", ""))] == 23
+    assert found[launched, (("mode", "eager"), ("reason", "prefill"))] == 24
     assert not any(name.startswith("tidar:plan") for name, _ in found), "auto means a fixed plan"
 
 
@@ -195,6 +201,7 @@ async def test_metrics_of_the_plan_in_force(make_client):
     snapshot = EngineStats(plan="tidar-1 of 8", plan_goodput=(("ar", 100.0), ("tidar-1 of 8", 350.0)))
     async with make_client(FakeEngine(snapshot=snapshot), served_model_names=("m",)) as client:
         found = await samples(client)
+    assert not any(name.startswith("tidar:launched_steps") for name, _ in found), "no step is captured"
     assert found["tidar:plan_info", (("plan", "tidar-1 of 8"),)] == 1
     assert [found["tidar:plan_expected_goodput", (("plan", name),)] for name in ("ar", "tidar-1 of 8")] == [100.0, 350.0]
 

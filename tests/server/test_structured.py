@@ -159,7 +159,7 @@ async def test_sampling_reaches_the_engine(make_client):
     fields = {"frequency_penalty": 0.5, "presence_penalty": -0.5, "repetition_penalty": 1.1, "min_tokens": 3}
     async with make_client(engine) as client:
         assert (await client.post(CHAT, json=chat(**fields, logit_bias={"70": 1.5, "71": -100}))).status_code == 200
-        for bias in ({"x": 1}, {"400": 1}, {"-1": 1}, {"70": 101}, {"²": 1}):
+        for bias in ({"x": 1}, {"400": 1}, {"-1": 1}, {"70": 101}, {"²": 1}, {str(i): 0 for i in range(301)}):
             answer = await client.post(CHAT, json=chat(logit_bias=bias))
             assert (answer.status_code, answer.json()["error"]["param"]) == (400, "logit_bias"), bias
         for name in fields:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 
@@ -115,6 +117,21 @@ def test_prefill_chunks_and_decode_steps_share_a_step() -> None:
     assert inputs.layout.logit_rows.tolist() == [4, 6, 7], "the draft, and the masks that draft: the first mask never does"
     assert inputs.attention.row_starts == (0, 2, 8)
     assert inputs.attention.limit.tolist() == [1, 2, *[1, 2, 3, 3, 3, 3]]
+
+
+def test_the_draft_rows_beside_a_diffusion_request_are_those_of_exact_branches() -> None:
+    tidar = decoder(num_slots=3)
+    lossy = replace(admit(2, 1, F), mode=DecodingMode.DIFFUSION)
+    requests = (
+        ScheduledRequest(2, (), DraftPlan(1, 1, 3), 1),
+        ScheduledRequest(1, (A, B), NO_DRAFTS, 0),
+        ScheduledRequest(0, (B,), DraftPlan(1, 2, 2), 1),
+    )
+    plan = StepPlan.of(1, requests, (lossy, admit(1, 0, F), admit(0, 1, D)), pages(0, *PAGES))
+    tidar.admit(plan)
+    inputs = tidar.lay_out(plan)
+    assert inputs.layout.draft_rows.tolist() == [1, 2, 3, *[8, 9, 10, 11]]
+    assert inputs.draft_rows.tolist() == [8, 9, 10, 11]
 
 
 def test_logits_of_masks_are_found_by_request_rank_and_number() -> None:

@@ -22,9 +22,11 @@ from engine.sampling_params import SamplingParams, choice_seed
         ("min_p", 1.1, "min_p must be between 0 and 1, got 1.1"),
         ("seed", -1, "seed must be between 0 and 2**64 - 1, got -1"),
         ("seed", 2**64, f"seed must be between 0 and 2**64 - 1, got {2**64}"),
+        ("logit_bias", ((1, 0.5),) * 301, "logit_bias must have at most 300 tokens, got 301"),
+        ("stop_token_ids", (1,) * 257, "stop_token_ids must have at most 256 tokens, got 257"),
     ],
 )
-def test_a_value_out_of_range_is_refused_with_a_message_for_the_client(field: str, value: float, message: str) -> None:
+def test_a_value_out_of_range_is_refused_with_a_message_for_the_client(field: str, value: object, message: str) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         SamplingParams(**{"max_tokens": 1, field: value})  # type: ignore[arg-type]
 
@@ -41,9 +43,11 @@ def test_a_value_out_of_range_is_refused_with_a_message_for_the_client(field: st
         {"min_p": 1.0},
         {"seed": 0},
         {"seed": 2**64 - 1},
+        {"logit_bias": ((1, 0.5),) * 300},
+        {"stop_token_ids": (1,) * 256},
     ],
 )
-def test_the_ends_of_a_range_belong_to_it(values: dict[str, float]) -> None:
+def test_the_ends_of_a_range_belong_to_it(values: dict[str, object]) -> None:
     assert SamplingParams(1, **values).max_tokens == 1  # type: ignore[arg-type]
 
 
