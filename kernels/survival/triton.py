@@ -14,7 +14,7 @@ _BINS = tl.constexpr(NUM_BINS)
 _PRIOR = tl.constexpr(PRIOR)
 _MAX_OUTCOMES = tl.constexpr(MAX_OUTCOMES)
 _LEAST_DOUBT = tl.constexpr(LEAST_DOUBT)
-_TABLE = tl.constexpr(32)
+TABLE = tl.constexpr(32)
 """Places of the table, as a power of two."""
 
 
@@ -54,13 +54,13 @@ def rank_of_branches(state, probs, num_drafts, num_useful, num_branches, COLUMNS
 @triton.jit
 def count_outcomes(prob, index, is_counted):
     """How many of a tile of drafts count in each place of the table."""
-    return tl.histogram(place_of(prob, index).reshape([prob.numel]), _TABLE, mask=is_counted.reshape([prob.numel]))
+    return tl.histogram(place_of(prob, index).reshape([prob.numel]), TABLE, mask=is_counted.reshape([prob.numel]))
 
 
 @triton.jit
 def add_outcomes(state, tried, accepted):
     """Add a step's counts to the table, and let old outcomes fade."""
-    place = tl.arange(0, _TABLE)
+    place = tl.arange(0, TABLE)
     exists = place < 2 * _BINS
     tried = tl.load(state.tried + place, mask=exists, other=0.0) + tried.to(tl.float32)
     accepted = tl.load(state.accepted + place, mask=exists, other=0.0) + accepted.to(tl.float32)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kernels.decode_state import DecodeState
 from kernels.step_rows.metadata import REQUEST_FIELDS, StepLayout
-from kernels.survival.triton import add_outcomes, count_outcomes
+from kernels.survival.triton import TABLE, add_outcomes, count_outcomes
 from kernels.verify.metadata import StepRequests, Verified
 from kernels.verify.reference import words_below
 
@@ -105,8 +105,8 @@ def _verify_kernel(
         last = tl.load(tokens + first + count - 1, mask=num_drafts > 0, other=0)
         tl.store(state.drafts_SK + slot * draft_stride, last, mask=num_drafts > 0)
     else:
-        tried = tl.zeros([32], tl.int32)
-        accepted = tl.zeros([32], tl.int32)
+        tried = tl.zeros([TABLE], tl.int32)
+        accepted = tl.zeros([TABLE], tl.int32)
         for start in range(0, num_requests, REQUESTS):
             m = start + tl.arange(0, REQUESTS)
             exists = m < num_requests
