@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,8 +13,10 @@ MOST_TUNING_SECONDS, MOST_CAPTURE_SECONDS = 10.0, 20.0
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark as ``smoke`` what ``smoke_where`` names by its parameters: one of a test's many combinations."""
+    """Skip these tests without a GPU, and mark as ``smoke`` what ``smoke_where`` names: one of a test's many combinations."""
     for item in items:
+        if Path(__file__).parent in item.path.parents and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
         where, call = item.get_closest_marker("smoke_where"), getattr(item, "callspec", None)
         if where is not None and call is not None and all(_is(call.params[name], v) for name, v in where.kwargs.items()):
             item.add_marker(pytest.mark.smoke)

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 from engine.messages import GenerateRequest
 from engine.sampling_params import DecodingMode, SamplingParams
 from tests.engine.bundled import PLANS, bundled_engine, question_prompts
 from tests.engine.driver import drive
 from tests.engine.oracle import Answer
-
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 def run(

@@ -25,8 +25,6 @@ from tests.kernels.checks import (
     turned,
 )
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 SHAPES_OF_MODELS = [(1, 4096), (72, 4096), (300, 1536), (33, 12288), (2, 40000)]
 ROPE_OF_MODELS = {

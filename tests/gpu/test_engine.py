@@ -5,15 +5,12 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-import torch
 
 from engine.config import CacheConfig, Quantization
 from engine.sampling_params import DecodingMode
 from tests.engine.bundled import PLANS, answers, bundled_engine, count_ties, double_model, question_prompts, requests_for
 from tests.engine.driver import drive
 from tests.gpu.waiting import no_waiting
-
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 BFLOAT16_TIE = 0.5
 """Logits near 20 are spaced by 0.125 in bfloat16, and the layers before them round, too."""

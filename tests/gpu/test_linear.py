@@ -12,8 +12,6 @@ from kernels.linear.weight import quantize
 from tests.kernels.checks import normal
 from tests.kernels.linear_checks import SIZES, check_linear, check_rows_do_not_matter_to_each_other
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-
 DTYPES = [torch.bfloat16, torch.float16]
 ROWS = [1, 16, 33, 72, 160, 256]
 LAYERS = [(2048, 1536), (4096, 4096), (1536, 8960)]

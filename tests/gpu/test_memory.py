@@ -15,8 +15,6 @@ from tests.engine.bundled import FOLDER, question_prompts, requests_for
 from tests.engine.driver import drive
 from tests.unit.engine.models.test_loader import own_memory
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-
 
 def test_a_peak_is_what_a_run_holds_beyond_what_it_leaves(device):
     memory, kept = CudaMemory(device), []

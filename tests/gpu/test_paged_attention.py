@@ -13,8 +13,6 @@ from tests.gpu.waiting import no_waiting
 from tests.kernels.cases import GRID, TOLERANCE, Case, Request, Shape, attend, build, check, plan
 from tests.kernels.invariance import check_clean_rows, check_company
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-
 NAN = float("nan")
 DTYPES = [torch.bfloat16, torch.float16]
 QWEN3_8B = Shape(group=4, kv_heads=8, head_dim=128, page=64)

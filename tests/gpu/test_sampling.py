@@ -25,8 +25,6 @@ from tests.kernels.sampling_cases import (
     sampling_of,
 )
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 VOCABULARIES = [2048, 5003, 131_072, 151_936]
 GREEDY = (Row(temperature=0.0),) * len(MIXED)

@@ -9,8 +9,6 @@ from benchmarks.gpu.shapes import QWEN3_8B, QWEN25_15B
 from engine.self_check import disagreement
 from kernels.backend import triton_kernels
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-
 
 @pytest.mark.smoke_where(batch_invariant=False, dtype=torch.bfloat16)
 @pytest.mark.parametrize("batch_invariant", [False, True])

@@ -14,8 +14,6 @@ from engine.sampling_params import DecodingMode
 from tests.engine.bundled import bundled_engine, question_prompts, requests_for
 from tests.engine.driver import drive
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-
 EVERYTHING: dict[str, Any] = {
     "top_p": 0.9,
     "top_k": 40,
