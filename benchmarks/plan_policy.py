@@ -215,7 +215,7 @@ def all_captured(block_length: int, most: int, max_rows: int = 8192) -> StepSize
     for num_requests in sizes.buckets:
         for plan in plans_of([Drafting(block_length, 1)], is_auto=True):
             if num_requests * plan.num_rows <= max_rows:
-                sizes.add(num_requests, plan)
+                sizes.add(sizes.size_of(num_requests, plan))
     return sizes
 
 

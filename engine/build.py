@@ -121,7 +121,7 @@ def assemble(
         table[DecodingMode.AUTO] = _timed_policy(configured, decoder, runner, graphs, kv, limits, max_model_len, keep)
     if memory is not None:
         # Requests shall find the memory of the largest step with the allocator, which has given it back since.
-        run_steps(functools.partial(launch, decoder=decoder, runner=runner), decoder, largest())
+        _run_largest(decoder, runner, largest, limits.max_num_batched_tokens)
     scheduler = Scheduler(limits, kv, table, model.config.eos_token_ids, max_model_len)
     depth = int(decoder.batch.device.type == "cuda") if limits.async_depth is None else limits.async_depth
     settings = {
@@ -190,7 +190,8 @@ def _prepare_linear(
     model: Transformer, max_rows: int, progress: Callable[[str], None], cache: MeasurementCache
 ) -> ChoiceTable | None:
     def keep(measure: Callable[[], ChoiceTable]) -> ChoiceTable:
-        return cache.get("linear", measure, ChoiceTable.to_plain, ChoiceTable.of_plain)
+        # What the time did not suffice for is measured by the next start, whose kernels are compiled.
+        return cache.get("linear", measure, lambda table: table.to_plain() if table.is_complete else None, ChoiceTable.of_plain)
 
     try:
         return model.kernels.prepare_linear(model.linear_weights(), model.embedding.dtype, max_rows, progress, keep)
@@ -229,6 +230,16 @@ def _capture(
         raise ConfigError(f"steps cannot be captured in CUDA graphs ({error}): start with --enforce-eager") from error
     if memory is not None:
         progress(f"captured steps hold {(before - memory.free()) / GIB:.2f} GiB")
+
+
+def _run_largest(decoder: TidarDecoder, runner: ModelRunner, largest: Callable[[], Iterator[StepPlan]], max_rows: int) -> None:
+    try:
+        run_steps(functools.partial(launch, decoder=decoder, runner=runner), decoder, largest())
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            f"a step of max_num_batched_tokens {max_rows} rows does not fit beside weights, pages and captured steps: lower "
+            "--gpu-memory-utilization or --max-num-batched-tokens, or start with --enforce-eager"
+        ) from error
 
 
 def _timed_policy(

@@ -178,7 +178,8 @@ class EngineConfig:
     ``kernels`` is ``auto``, ``reference`` (plain torch) or ``triton``. ``tokenizer`` is the folder whose vocabulary grammars
     speak of; None: the model's. ``enforce_eager``: no step is captured in a CUDA graph;
     None: with the reference kernels alone, whose attention would read the whole context in every captured step.
-    ``cost_cache``: the folder that keeps what draft plans cost; None: the user's cache folder on a GPU, none on a CPU.
+    ``cost_cache``: the folder that keeps what a start has measured: costs of draft plans, choices of linear layers, kernels
+    that have passed their check; None: the user's cache folder on a GPU, none on a CPU.
     ``quantize_fp8``: weights become e4m3 while they are loaded, unless the checkpoint has them so.
     ``batch_invariant``: a request's logits have the same bits in every exact mode, alone and in any batch.
     """

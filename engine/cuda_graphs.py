@@ -119,9 +119,10 @@ class StepGraphs:
         """Capture the steps that serve ``num_requests`` requests with these plans, before they are needed."""
         level = _level(needs)
         for plan in plans:
-            size = self.sizes.add(num_requests, plan)
+            size = self.sizes.size_of(num_requests, plan)
             if (size, level) not in self._captured:
                 self._captured[size, level] = self._record(size, level)
+                self.sizes.add(size)
 
     def launch(self, plan: StepPlan) -> PendingResult | None:
         """Replay the step of a plan that was admitted. None, and nothing was done, where no captured step can do it."""

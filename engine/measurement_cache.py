@@ -8,6 +8,7 @@ measurement, never a start.
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
 import os
 import platform
@@ -37,15 +38,14 @@ class MeasurementCache:
 
         A CPU is shared with whatever else runs, so that nothing is kept there unless it is asked for.
         """
-        if config.cost_cache is not None:
-            folder: Path | None = Path(config.cost_cache).expanduser()
-        elif device.type == "cuda":
-            folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "tidar-server"
+        if device.type == "cuda":
+            driver = Path("/proc/driver/nvidia/version")
+            name = f"{torch.cuda.get_device_name(device)}, {driver.read_text() if driver.exists() else 'unknown driver'}"
         else:
-            folder = None
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-        code = f"torch {torch.__version__}, {_source_hash()}, kernels {kernels_name}"
-        return MeasurementCache(folder, {"device": f"{name}, {torch.get_num_threads()} threads", "code": code})
+            name = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+        versions = f"torch {torch.__version__}, CUDA {torch.version.cuda}, Triton {_version('triton')}"
+        code = f"{versions}, {_source_hash()}, kernels {kernels_name}"
+        return MeasurementCache(_folder(config, device), {"device": name, "code": code})
 
     def of_engine(self, config: EngineConfig, model: Transformer) -> MeasurementCache:
         """What depends on checkpoint and configuration as well."""
@@ -58,14 +58,14 @@ class MeasurementCache:
         self,
         kind: str,
         measure: Callable[[], T],
-        to_plain: Callable[[T], Any],
+        to_plain: Callable[[T], Any | None],
         of_plain: Callable[[Any], T],
         **more: str,
     ) -> T:
         """What is kept of this ``kind``, or else measured and kept. ``more``: what else it depends on.
 
-        ``to_plain`` and ``of_plain`` turn it into what JSON can hold, and back; the latter may raise ValueError, KeyError or
-        TypeError for what it does not understand.
+        ``to_plain`` and ``of_plain`` turn it into what JSON can hold, and back. The former may return None for what should not
+        be kept, the latter raise ValueError, KeyError or TypeError for what it does not understand.
         """
         if self._folder is None:
             return measure()
@@ -79,8 +79,27 @@ class MeasurementCache:
         except (OSError, ValueError, KeyError, TypeError):
             pass
         value = measure()
-        _write(file, {"key": key, kind: to_plain(value)})
+        plain = to_plain(value)
+        if plain is not None:
+            _write(file, {"key": key, kind: plain})
         return value
+
+
+def _folder(config: EngineConfig, device: torch.device) -> Path | None:
+    if config.cost_cache is None and device.type != "cuda":
+        return None
+    user = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "tidar-server"
+    try:
+        return (user if config.cost_cache is None else Path(config.cost_cache)).expanduser()
+    except RuntimeError:  # nobody's home is known
+        return None
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
 
 
 def _write(file: Path, content: Mapping[str, Any]) -> None:

@@ -13,7 +13,9 @@ import copy
 import functools
 import json
 import math
+import os
 import pickle
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -24,8 +26,9 @@ import torch
 from torch import Tensor, nn
 
 from engine.config import ConfigError, EngineConfig, ModelConfig, Quantization
+from engine.decode.penalties import TokenCounts, TokenTable
 from engine.decode.tidar import TidarDecoder
-from engine.input_batch import InputBatch
+from engine.input_batch import HostColumns, InputBatch
 from engine.kv_cache import KVCache
 from engine.measurement_cache import MeasurementCache
 from engine.model_runner import ModelRunner
@@ -51,7 +54,17 @@ HIGHER = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.flo
 SAMPLING = (
     SamplingParams(64, temperature=0.0),
     SamplingParams(64, temperature=0.8, seed=1, top_p=0.9, repetition_penalty=1.1),
-    SamplingParams(64, temperature=1.0, seed=2, top_k=50, min_p=0.02),
+    SamplingParams(
+        64,
+        temperature=1.0,
+        seed=2,
+        top_k=50,
+        min_p=0.02,
+        frequency_penalty=0.5,
+        presence_penalty=0.5,
+        min_tokens=8,
+        logit_bias=((1, 4.0), (3, -100.0)),
+    ),
 )
 
 
@@ -117,16 +130,22 @@ def choose_kernels(
 
 def ask(question: Question, module: str = __name__, seconds: float = MAX_SECONDS) -> str | None:
     """Check in a process of its own. None where the kernels agree with the references, else what is wrong."""
-    command = [sys.executable, "-m", module]
+    # The same source as this process's: not what lies in the working directory.
+    command = [sys.executable, "-P", "-m", module]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    asked = pickle.dumps(question)
     try:
-        done = subprocess.run(command, input=pickle.dumps(question), capture_output=True, timeout=seconds, check=False)
+        done = subprocess.run(command, input=asked, capture_output=True, timeout=seconds, check=False, env=environment)
     except subprocess.TimeoutExpired:
         return f"their check was not done after {seconds:.0f} s"
     said = done.stdout.decode(errors="replace").strip().splitlines()
-    if done.returncode == 0 and said:
-        problem: str | None = json.loads(said[-1])
-        return problem
     complaints = done.stderr.decode(errors="replace").strip().splitlines()
+    try:
+        if done.returncode == 0 and said:
+            problem: str | None = json.loads(said[-1])
+            return problem
+    except ValueError:
+        complaints = said
     return f"their check ended with status {done.returncode}: {complaints[-1] if complaints else 'it said nothing'}"
 
 
@@ -165,7 +184,9 @@ def disagreement(
         given = other.judge(plan, others, logits["references"]).read()
         if (expected.counts != given.counts).any() or (expected.token_ids != given.token_ids).any():
             return f"another verdict on the same logits ({name})"
-        if not _equal(decoder.batch, other.batch) or not all(map(_equal, decoder.state, other.state)):
+        for after in (decoder.batch, other.batch):
+            _forget_what_is_not_held(after)
+        if not _equal(decoder.batch, other.batch) or not _equal(decoder.state, other.state):
             return f"another state after the verdict ({name})"
     return None
 
@@ -184,17 +205,32 @@ def _problem_with(given: Tensor | None, expected: Tensor | None, truth: Tensor |
     return None
 
 
+def _forget_what_is_not_held(batch: InputBatch) -> None:
+    """Behind the drafts that are held there may be anything."""
+    index = torch.arange(batch.drafts_SK.shape[1], device=batch.device)
+    is_held_SK = index < batch.num_held_S[:, None]
+    batch.drafts_SK.mul_(is_held_SK)
+    batch.draft_probs_SK.mul_(is_held_SK)
+
+
 def _equal(one: Any, other: Any) -> bool:
-    """Whether the tensors of two objects of one class are the same, at any depth; a number's last bits may differ."""
+    """Whether two objects of one class are the same on the device, at any depth; a number's last bits may differ.
+
+    Raises TypeError for what it does not know, so that nothing is left out unseen.
+    """
     if isinstance(one, Tensor):
         if one.is_floating_point():
             return torch.allclose(one, other, rtol=1e-4, atol=1e-6, equal_nan=True)
         return torch.equal(one, other)
+    if isinstance(one, (tuple, list)):
+        return len(one) == len(other) and all(map(_equal, one, other))
+    if isinstance(one, (InputBatch, TokenCounts, TokenTable)):
+        return all(_equal(value, vars(other)[name]) for name, value in vars(one).items())
     if is_dataclass(one):
         return all(_equal(getattr(one, field.name), getattr(other, field.name)) for field in fields(one))
-    if isinstance(one, InputBatch):
-        return all(_equal(value, vars(other)[name]) for name, value in vars(one).items())
-    return True
+    if one is None or isinstance(one, (int, float, str, torch.device, HostColumns)):
+        return True
+    raise TypeError(f"the check does not know how to compare {type(one).__name__}")
 
 
 def _small(config: ModelConfig) -> ModelConfig:
@@ -245,8 +281,14 @@ def _steps(config: ModelConfig, pages_each: int) -> Iterator[tuple[str, StepPlan
 
 def main() -> None:
     """Answer the question on the standard input, with a line of JSON."""
+    # The engine leaves its signals to the server. Nobody but this process ends it if the engine is gone.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
+        signal.signal(number, signal.SIG_DFL)
+    signal.alarm(math.ceil(MAX_SECONDS))
     question: Question = pickle.loads(sys.stdin.buffer.read())
     config, device, dtype = question.config, question.device, question.dtype
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
     kernels = select_kernels(question.kernels, device, dtype, config.num_kv_heads, question.batch_invariant)
     print(json.dumps(disagreement(kernels, config, dtype, device, question.page_size)))
 

@@ -45,13 +45,16 @@ class StepSizes:
         """Numbers of requests, ascending."""
         self._by_places: dict[int, list[StepSize]] = {places: [] for places in self.buckets}
 
-    def add(self, num_requests: int, plan: DraftPlan) -> StepSize:
-        """The size that serves so many requests with this plan, from now on at hand."""
+    def size_of(self, num_requests: int, plan: DraftPlan) -> StepSize:
+        """The size that serves so many requests with this plan."""
         places = self.num_places(num_requests)
-        size = StepSize(places, plan.num_drafts, plan.num_branches, plan.block_length, plan.has_anchor)
-        if size not in self._by_places[places]:
-            bisect.insort(self._by_places[places], size, key=lambda size: size.num_rows)
-        return size
+        return StepSize(places, plan.num_drafts, plan.num_branches, plan.block_length, plan.has_anchor)
+
+    def add(self, size: StepSize) -> None:
+        """A size is at hand from now on."""
+        sizes = self._by_places[size.num_requests]
+        if size not in sizes:
+            bisect.insort(sizes, size, key=lambda size: size.num_rows)
 
     def num_places(self, num_requests: int) -> int:
         """Requests that a captured step of so many has room for."""
@@ -76,7 +79,10 @@ class StepSizes:
     def covering(self, plans_N4: IntArray) -> StepSize | None:
         """The size with the fewest rows that has room for these plans, however much of it would be padding."""
         drafts, branches = int(plans_N4[:, 0].max()), int(plans_N4[:, 1].max())
-        blocks = {(block, bool(anchor)) for block, anchor in plans_N4[plans_N4[:, 1] > 0, 2:].tolist()}
+        run_N2 = plans_N4[plans_N4[:, 1] > 0, 2:]
+        if len(run_N2) and (run_N2 == run_N2[0]).all():
+            run_N2 = run_N2[:1]  # as mostly: a set of hundreds takes its time
+        blocks = {(block, bool(anchor)) for block, anchor in run_N2.tolist()}
         for size in self._by_places[self.num_places(len(plans_N4))]:
             fits = size.num_drafts >= drafts and size.num_branches >= branches
             if fits and blocks <= {(size.block_length, size.has_anchor)}:

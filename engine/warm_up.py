@@ -1,6 +1,6 @@
 """What an engine does before it serves: it captures the steps that it will replay, and times its draft plans on that path.
 
-Both are bounded in time, the cheapest steps come first, and what is left out is told: steps that were not captured run
+Both are bounded in time, cheap steps come before dear ones, and what is left out is told: steps that were not captured run
 operation by operation, and ``auto`` leaves them alone.
 """
 
@@ -69,24 +69,26 @@ def capture_steps(
     first = tuple(dict.fromkeys((GREEDY, *needs)))
     steps = [(n, plan, need) for wanted in (first, (ALL_NEEDS,)) for _, n, plan in sizes for need in wanted]
     steps = list(dict.fromkeys((steps[-1], *steps)))
-    deadline = math.inf
+    deadline, too_large, left_out, problem = math.inf, math.inf, 0, ""
     for done, (num_requests, plan, need) in enumerate(steps):
-        problem = f"{seconds:.0f} s are over" if time.perf_counter() > deadline else None
+        num_rows = num_requests * plan.num_rows
+        is_late = time.perf_counter() > deadline
+        if is_late or num_rows >= too_large:
+            left_out, problem = left_out + 1, f"{seconds:.0f} s are over" if is_late else problem
+            continue
         try:
-            if problem is None:
-                graphs.prepare(num_requests, [plan], need)
+            graphs.prepare(num_requests, [plan], need)
         except torch.OutOfMemoryError:
-            problem = "the GPU has no memory left for them"
-        if problem is not None:
-            progress(f"{len(steps) - done} of {len(steps)} steps are not captured: {problem}")
-            return len(steps) - done
+            too_large, left_out, problem = num_rows, left_out + 1, "there is no memory left for them"
         if done == 0:
             # It has compiled what the others only launch.
             deadline = time.perf_counter() + seconds
         if done % 32 == 0:
-            progress(f"captured {done} of {len(steps)} steps")
-    progress(f"captured all {len(steps)} steps")
-    return 0
+            progress(f"captured {done - left_out} of {len(steps)} steps")
+    progress(
+        f"{left_out} of {len(steps)} steps are not captured: {problem}" if left_out else f"captured all {len(steps)} steps"
+    )
+    return left_out
 
 
 def follow_goodput(

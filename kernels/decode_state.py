@@ -15,7 +15,8 @@ class DecodeState(NamedTuple):
 
     ``block_table_SP``: page of every ``page_size`` positions. ``num_computed_S``: tokens whose K/V is in the cache.
     ``num_held_S``, ``drafts_SK``, ``draft_probs_SK``: drafts at hand; number 0 is certain. ``wanted_S``: tokens that may still
-    be emitted. ``is_diffusion_S``, ``is_decided_SK``, ``block_SK``: of the diffusion family, and the block that it is deciding.
+    be emitted. ``seed_S``: of the noise. ``is_diffusion_S``, ``is_decided_SK``, ``block_SK``: of the diffusion family, and the
+    block that it is deciding.
     ``tried``, ``accepted`` [2, bins]: the outcomes of drafts in all slots, see ``kernels.survival``.
     """
 

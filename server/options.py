@@ -57,7 +57,10 @@ SERVE_FLAGS = (
         "steps launched before the last one was read; if not given, 1 on a GPU",
     ),
     Flag(
-        "cost-cache", text, None, "folder that keeps the measured costs of draft plans; on a GPU, the user's cache if not given"
+        "cost-cache",
+        text,
+        None,
+        "folder that keeps what a start measures, for the next one; on a GPU, the user's cache if not given",
     ),
     Flag(
         "enforce-eager", switch, None, "run steps without CUDA graphs; if not given, with the reference kernels", is_switch=True

@@ -76,7 +76,10 @@ class Probes:
             self._steps_left = self._steps_of_all if self.now is Probe.ALL else 2
 
     def have_one(self, plans_N4: IntArray, held_N: IntArray, wanted_N: IntArray, block_length: int, may_draft: bool) -> None:
-        """Have the first request that can draft a whole block do so, in the first step that may; verify it in the next one."""
+        """Have the first request that can draft a whole block do so, in the first step that may; verify it in the next one.
+
+        A request can that holds no block. Where all hold one, the first runs no branch, which leaves it without.
+        """
         if self._has_drafted:
             rows = np.flatnonzero(held_N > block_length)
             whole = draft_plans(np.minimum(held_N, wanted_N)[rows], 0, self._block_length, self._has_anchor)
@@ -84,13 +87,15 @@ class Probes:
         elif may_draft and len(rows := np.flatnonzero((held_N == 1) & (wanted_N > 2))):
             plans_N4[rows[0]] = (1, 1, self._block_length, self._has_anchor)
             self._has_drafted = True
+        elif may_draft and len(rows := np.flatnonzero(wanted_N > 2 + block_length)):
+            plans_N4[rows[0], 1] = 0
 
     def _cost_of_one(self, shape: PlanShape, num_requests: int, context: float) -> float:
         """Seconds that the rows of one request's block take, and the steps' launching; where it drafts, its own tokens."""
         step = self._seconds(num_requests, shape.block_length, context)
         rows = num_requests * shape.block_length + self._block_length
         with_block = max(self._costs.uncaptured, self._costs.cost(num_requests, rows, context))
-        return 2 * max(0.0, with_block - step) + (0.0 if shape == AR else step / num_requests)
+        return 2 * max(0.0, with_block - step) + (0.0 if shape == AR else 2 * step / num_requests)
 
     def _seconds(self, num_requests: int, rows_each: int, context: float) -> float:
         """Of a step whose requests all have so many rows, in its captured size."""

@@ -117,10 +117,13 @@ def measured_anew(measure: Callable[[], ChoiceTable]) -> ChoiceTable:
 
 
 class ChoiceTable:
-    """The choices that were measured. A row count belongs to the smallest bucket that holds it."""
+    """The choices that were measured. A row count belongs to the smallest bucket that holds it.
 
-    def __init__(self, measurements: Sequence[Measurement] = ()) -> None:
-        self.measurements = tuple(measurements)
+    ``is_complete``: the time sufficed for every cell and candidate.
+    """
+
+    def __init__(self, measurements: Sequence[Measurement] = (), is_complete: bool = True) -> None:
+        self.measurements, self.is_complete = tuple(measurements), is_complete
         self._cells: dict[LayerShape, tuple[list[int], list[Tile | None]]] = {}
         for m in sorted(self.measurements, key=lambda m: m.rows):
             rows, tiles = self._cells.setdefault(m.shape, ([], []))
@@ -221,7 +224,7 @@ def measure(
             progress(f"timing linear layers at {rows} rows")
             announced = rows
         measurements.append(_measure_cell(shapes[i], rows, num_processors, timer, lambda: clock() >= deadline))
-    return ChoiceTable(measurements)
+    return ChoiceTable(measurements, clock() < deadline)
 
 
 def _measure_cell(shape: LayerShape, rows: int, num_processors: int, timer: Timer, is_late: Callable[[], bool]) -> Measurement:

@@ -135,7 +135,7 @@ def lay_out(
     (_, max_drafts), (_, max_pages) = state.drafts_SK.shape, state.block_table_SP.shape
     columns = triton.next_power_of_2(max_drafts)
     assert all(t.is_contiguous() for t in (*state, bounds_3N, prefill_token_ids, layout.requests_N8))
-    assert max(layout.max_drafts, max_branches) <= max_drafts
+    assert max(layout.max_drafts, max_branches, layout.max_block) <= max_drafts
 
     def integers(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.long, device=device)

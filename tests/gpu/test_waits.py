@@ -13,6 +13,7 @@ from engine.cuda_graphs import borrow
 from engine.sampling_params import DecodingMode
 from tests.engine.bundled import bundled_engine, question_prompts, requests_for
 from tests.engine.driver import drive
+from tests.gpu.waiting import no_waiting
 
 EVERYTHING: dict[str, Any] = {
     "top_p": 0.9,
@@ -37,14 +38,11 @@ def mixed_requests(seed: int = 0):
 @pytest.mark.parametrize("enforce_eager", [True, False])
 def test_a_run_with_admissions_prompts_and_every_option_never_waits_for_the_device(enforce_eager):
     core = bundled_engine(2, 1, 6, dtype="bfloat16", device="cuda", kernels="triton", enforce_eager=enforce_eager)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         for request in mixed_requests():
             core.add(request)
         while core.has_work:
             core.step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert enforce_eager or core.graphs.num_replays > 10
 
 

@@ -75,6 +75,8 @@ def test_small_steps_are_measured_first_and_time_is_bounded():
     assert [(m.rows, m.shape.width_out) for m in table.measurements] == seen
     assert table.tile(DENSE, 16) is not None
     assert table.tile(DENSE, 256) is None
+    assert not table.is_complete
+    assert measure([DENSE, other], 256, PROCESSORS, timed).is_complete
 
 
 @pytest.mark.parametrize("rows", [1, 16, 40, 96, 160, 256])

@@ -30,8 +30,29 @@ def test_the_references_agree_with_themselves() -> None:
     assert disagreement(REFERENCE, CONFIG, torch.bfloat16, CPU, 16) is None
 
 
-def test_the_triton_kernels_agree(device: torch.device) -> None:
-    assert check(triton_kernels(CONFIG.num_kv_heads), device=device) is None
+WIDE = replace(CONFIG, hidden_size=256, num_heads=8, head_dim=64)
+
+
+@pytest.mark.parametrize(("config", "dtype", "page_size"), [(CONFIG, torch.float32, 16), (WIDE, torch.float16, 64)])
+def test_the_triton_kernels_agree(config: ModelConfig, dtype: torch.dtype, page_size: int, device: torch.device) -> None:
+    assert disagreement(triton_kernels(config.num_kv_heads), config, dtype, device, page_size) is None
+
+
+def test_drafts_that_nobody_holds_may_be_anything() -> None:
+    """A draw without a row to read is meaningless, and kernels need not agree on what it is."""
+
+    def other_tokens(logits_RV, place_Q, *rest):
+        tokens, chances = REFERENCE.sample_drafts(logits_RV, place_Q, *rest)
+        missed.append(int((place_Q < 0).sum()))
+        return tokens.where(place_Q >= 0, 5), chances.where(place_Q >= 0, 0.25)
+
+    missed: list[int] = []
+    for vocab_size in range(100, 160):
+        small = replace(CONFIG, vocab_size=vocab_size, tidar=TidarConfig(8, 0))
+        assert check(replace(REFERENCE, sample_drafts=other_tokens), small) is None
+        if sum(missed) > 0:
+            return
+    raise AssertionError("every branch was hit: nothing was drawn without a row")
 
 
 def scaled(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -90,13 +111,22 @@ def test_a_process_of_its_own_answers_whatever_becomes_of_it(tmp_path, monkeypat
         "complains": "raise SystemExit('CUDA error: an illegal memory access')",
         "hangs": "import threading; threading.Event().wait()",
         "disagrees": "print('\"they differ\"')",
+        "chatters": "print('hello')",
     }.items():
         (tmp_path / f"{name}.py").write_text(program)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.syspath_prepend(tmp_path)
     assert "status -6" in (ask(question, "crashes") or "")
     assert "illegal memory access" in (ask(question, "complains") or "")
     assert "not done after 1 s" in (ask(question, "hangs", 1.0) or "")
     assert ask(question, "disagrees") == "they differ"
+    assert ask(question, "chatters") == "their check ended with status 0: hello"
+
+
+def test_the_process_runs_this_source_whatever_the_working_directory_holds(tmp_path, monkeypatch) -> None:
+    (tmp_path / "engine").mkdir()
+    (tmp_path / "engine" / "__init__.py").write_text("raise RuntimeError('another project')")
+    monkeypatch.chdir(tmp_path)
+    assert ask(Question(CONFIG, torch.float32, CPU, 16, kernels="reference")) is None
 
 
 class GPU:

@@ -187,6 +187,21 @@ def test_one_request_probes_in_a_step_that_redrafts_and_its_drafts_are_verified(
     assert policy._probes.now is Probe.NOBODY
 
 
+def test_one_request_probes_beside_branches_that_are_always_hit() -> None:
+    """With a step in flight, who runs a branch may hold a block when the next one is planned: nobody is known to hold none."""
+    policy = GoodputPolicy(Drafting(16, 1), modelled_8b(COUNTS))
+    policy._follow(PlanShape(4, 1))
+    policy._probes._next, policy._probes._interval = Probe.ONE, 10
+    held, num_probes = np.full(3, 4), 0
+    for step in range(100):
+        policy._steps, policy._chosen_at = step, step  # no other plan is chosen
+        policy.begin_step(3, 100.0)
+        plans = policy.plans(held, np.full(3, 100), True)
+        num_probes += int((plans[:, 2] == 16).any() and (plans[:, 1] > 0).any() and plans[plans[:, 2] == 16, 0][0] == 1)
+        held = np.where(plans[:, 1] > 0, plans[:, 2], 1)
+    assert num_probes >= 8
+
+
 def test_where_steps_are_captured_and_short_everybody_probes_in_captured_steps() -> None:
     sizes = all_captured(16, 256)
     costs = modelled_1b5(COUNTS, uncaptured=6e-3)
@@ -207,7 +222,7 @@ def test_probes_cost_what_they_may() -> None:
     costs = CostTable((64,), ((64, 6400),), ((1.0, 100.0),), uncaptured=50.0)
     sizes = StepSizes(64)
     for replayed in (DraftPlan(1, 0, 1), DraftPlan(16, 0, 16), DraftPlan(1, 1, 16), DraftPlan(4, 1, 4)):
-        sizes.add(64, replayed)
+        sizes.add(sizes.size_of(64, replayed))
     policy = GoodputPolicy(Drafting(16, 1), costs, sizes)
     policy._acceptance = certain(0.1, 16)
     crowd = Crowd(Scenario("", costs, 16, (0.0,), sizes), policy, 0.1, 64, 0.0)

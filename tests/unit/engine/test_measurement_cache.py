@@ -7,7 +7,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import torch
 
+from engine.config import EngineConfig
 from engine.decode.goodput import CostTable
 from engine.measurement_cache import MeasurementCache
 from kernels.linear.choice import ChoiceTable, LayerShape, Measurement, Tile
@@ -69,3 +71,22 @@ def test_kinds_and_what_else_they_depend_on_are_kept_apart(tmp_path: Path) -> No
     for measured in (cells, ()):
         table = cache.get("linear", lambda: ChoiceTable(measured), ChoiceTable.to_plain, ChoiceTable.of_plain)  # noqa: B023
         assert table.measurements == cells
+
+
+def test_what_should_not_be_kept_is_measured_again(tmp_path: Path) -> None:
+    cache, meter = MeasurementCache(tmp_path, KEY), Meter()
+    for _ in range(2):
+        assert cache.get("costs", meter, lambda table: None, CostTable.of_plain) == TABLE
+    assert meter.num_calls == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_is_kept_where_nobody_has_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nobody(path: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "expanduser", nobody)
+    cache = MeasurementCache.of_device(EngineConfig("model", cost_cache="~/kept"), torch.device("cpu"), "reference")
+    meter = Meter()
+    assert [cache.get("costs", meter, asdict, CostTable.of_plain) for _ in range(2)] == [TABLE] * 2
+    assert meter.num_calls == 2
