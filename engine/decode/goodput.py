@@ -182,28 +182,49 @@ def blind_chance(counts: Sequence[float], num_branches: int) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Expected:
-    """Of one request under a plan, on average over its steps."""
+    """Of one request under a plan, in the steady state: tokens of a step on average, and its two kinds of steps.
+
+    ``holding`` is the share of steps that hold a block and have ``held_rows``; the others are redrafts with ``redraft_rows``.
+    """
 
     tokens_per_step: float
-    rows_per_step: float
+    holding: float
+    held_rows: int
+    redraft_rows: int
+
+    @property
+    def rows_per_step(self) -> float:
+        """On average."""
+        return self.holding * self.held_rows + (1 - self.holding) * self.redraft_rows
 
 
-def expect(shape: PlanShape, acceptance: Acceptance, anchor_rows: int = 0, is_uniform: bool = False) -> Expected:
-    """Tokens and rows of a step in the steady state; ``anchor_rows`` is 1 where a branch copies its draft.
-
-    ``is_uniform``: all requests of a step get the rows of the largest one, as in a captured step. Then redrafts are free where
-    others hold a block, and cost their own rows in ``linear``, which has all requests in one phase.
-    """
+def expect(shape: PlanShape, acceptance: Acceptance, anchor_rows: int = 0) -> Expected:
+    """Tokens and rows of a step in the steady state; ``anchor_rows`` is 1 where a branch copies its draft."""
     if shape.block_length == 1:
-        return Expected(1.0, 1.0)
+        return Expected(1.0, 1.0, 1, 1)
     length, branch_rows = shape.block_length, shape.block_length + anchor_rows
     counts = acceptance.counts(length)
     hit = 1.0 if shape.num_branches >= length else acceptance.chance_of_hit(counts, shape.num_branches)
     holding = 1.0 / (2.0 - hit) if shape.num_branches else 0.5
     tokens = sum(count * chance for count, chance in enumerate(counts, start=1))
-    held_rows, redraft_rows = length + shape.num_branches * branch_rows, 1 + branch_rows
-    rows = holding * held_rows + (1 - holding) * redraft_rows
-    return Expected(holding * tokens + (1 - holding), held_rows if is_uniform and shape.num_branches else rows)
+    return Expected(holding * tokens + (1 - holding), holding, length + shape.num_branches * branch_rows, 1 + branch_rows)
+
+
+def kinds_of_steps(expected: Expected, shape: PlanShape, num_requests: int, is_uniform: bool) -> list[tuple[float, float]]:
+    """Of steps of ``num_requests`` requests: kinds that cost differently, their shares and the rows of a request.
+
+    In ``linear`` all requests are in one phase. ``is_uniform``: all get the rows of the largest one, as in a captured step, so
+    that a redraft is free unless all redraft. Otherwise requests hold or redraft independently: two kinds with the mean and the
+    spread that the rows of so many have, which for one request are just its own.
+    """
+    holding, held, redraft = expected.holding, float(expected.held_rows), float(expected.redraft_rows)
+    if is_uniform and shape.num_branches:
+        all_redraft = (1 - holding) ** num_requests
+        return [(1 - all_redraft, held), (all_redraft, redraft)]
+    if shape.num_branches:
+        mean, narrowing = expected.rows_per_step, num_requests**-0.5
+        held, redraft = (mean + (rows - mean) * narrowing for rows in (held, redraft))
+    return [(holding, held), (1 - holding, redraft)]
 
 
 def goodput(
@@ -220,7 +241,8 @@ def goodput(
     ``num_places``: requests that a captured step of so many has room for, each with the same rows; None where a step has just
     the rows that it needs. A place that nobody has costs rows, but has no tokens in the cache.
     """
-    expected = expect(shape, acceptance, anchor_rows, num_places is not None)
+    expected = expect(shape, acceptance, anchor_rows)
     places = num_requests if num_places is None else num_places
-    seconds = costs.cost(places, places * expected.rows_per_step, context * num_requests / places)
+    kinds = kinds_of_steps(expected, shape, num_requests, num_places is not None)
+    seconds = sum(share * costs.cost(places, places * rows, context * num_requests / places) for share, rows in kinds)
     return num_requests * expected.tokens_per_step / seconds

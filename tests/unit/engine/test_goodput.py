@@ -28,6 +28,7 @@ from engine.decode.goodput import (
     blind_chance,
     expect,
     goodput,
+    kinds_of_steps,
 )
 from engine.decode.measure import _ascending, measure_costs, powers_of_two
 from engine.decode.policy import Drafting
@@ -135,6 +136,12 @@ def test_expected_tokens_and_rows_by_hand() -> None:
     every = expect(PlanShape(3, 3), acceptance)
     assert (every.tokens_per_step, every.rows_per_step) == (pytest.approx(1.75), pytest.approx(12))
     assert expect(AR, acceptance).tokens_per_step == 1.0
+    # Alone, steps are of these two kinds; of very many requests, every step has the mean.
+    assert kinds_of_steps(one, PlanShape(3, 1), 1, False) == [(pytest.approx(2 / 3), 6), (pytest.approx(1 / 3), 4)]
+    assert [rows for _, rows in kinds_of_steps(one, PlanShape(3, 1), 10**8, False)] == pytest.approx([16 / 3, 16 / 3], abs=1e-3)
+    assert kinds_of_steps(one, PlanShape(3, 1), 2, True) == [(pytest.approx(8 / 9), 6), (pytest.approx(1 / 9), 4)]
+    for num_requests, is_uniform in ((1, False), (7, False), (7, True)):
+        assert kinds_of_steps(linear, PlanShape(3, 0), num_requests, is_uniform) == [(0.5, 3), (0.5, 4)]
 
 
 def test_a_position_is_counted_as_tried_only_when_all_before_it_were_accepted() -> None:
