@@ -13,6 +13,8 @@ from typing import Any
 import torch
 import transformers
 
+from engine.measurement_cache import processor_name
+
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[1]
 
@@ -23,7 +25,7 @@ COMMIT_VARIABLE = "TIDAR_COMMIT"
 def machine(device: torch.device) -> dict[str, Any]:
     """The machine and the versions that a number belongs to; ``device`` is the one that the benchmark ran on."""
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_model(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
@@ -31,12 +33,6 @@ def machine(device: torch.device) -> dict[str, Any]:
         "transformers": transformers.__version__,
         "commit": commit(),
     }
-
-
-def _cpu_model() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
 def commit(root: Path = ROOT) -> str:

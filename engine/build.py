@@ -95,7 +95,8 @@ def assemble(
     # Masks of the last block stand beyond the last position that a token can take.
     num_positions = max_model_len + 2 * (block_length or 1)
     model.build_rope(num_positions)
-    cache = MeasurementCache.of_device(config, model.embedding.device, model.kernels.name).of_engine(config, model)
+    device = model.embedding.device
+    cache = MeasurementCache.of_device(config, device, model.kernels.name, progress).of_engine(config, model)
     choices = _prepare_linear(model, limits.max_num_batched_tokens, progress, cache)
     decoder = _decoder(config, model, block_length, num_positions)
     tidar = model.config.tidar
@@ -116,8 +117,7 @@ def assemble(
         _capture(graphs, plans, defaults, limits.max_num_batched_tokens, memory, progress)
     configured = table[DecodingMode.AUTO]
     if is_auto and isinstance(configured, Drafting):
-        progress("timing draft plans")
-        keep = functools.partial(_keep_costs, cache, choices, graphs)
+        keep = functools.partial(_keep_costs, cache, choices, graphs, progress)
         table[DecodingMode.AUTO] = _timed_policy(configured, decoder, runner, graphs, kv, limits, max_model_len, keep)
     if memory is not None:
         # Requests shall find the memory of the largest step with the allocator, which has given it back since.
@@ -266,7 +266,15 @@ def _timed_policy(
 
 
 def _keep_costs(
-    cache: MeasurementCache, choices: ChoiceTable | None, graphs: StepGraphs | None, measure: Callable[[], CostTable]
+    cache: MeasurementCache,
+    choices: ChoiceTable | None,
+    graphs: StepGraphs | None,
+    progress: Callable[[str], None],
+    measure: Callable[[], CostTable],
 ) -> CostTable:
+    def measured() -> CostTable:
+        progress("timing draft plans")
+        return measure()
+
     more = {"linear layers": str(choices and choices.to_plain()), "captured": str(graphs and graphs.num_captured)}
-    return cache.get("costs", measure, asdict, CostTable.of_plain, **more)
+    return cache.get("costs", measured, asdict, CostTable.of_plain, **more)

@@ -27,13 +27,20 @@ T = TypeVar("T")
 
 
 class MeasurementCache:
-    """The measurements that belong to a key. ``folder`` None: nothing is kept."""
+    """The measurements that belong to a key. ``folder`` None: nothing is kept. ``progress`` is told when it cannot be."""
 
-    def __init__(self, folder: Path | None, key: Mapping[str, str]) -> None:
-        self._folder, self._key = folder, dict(key)
+    def __init__(
+        self, folder: Path | None, key: Mapping[str, str], progress: Callable[[str], None] = lambda message: None
+    ) -> None:
+        self._folder, self._key, self._progress = folder, dict(key), progress
 
     @staticmethod
-    def of_device(config: EngineConfig, device: torch.device, kernels_name: str) -> MeasurementCache:
+    def of_device(
+        config: EngineConfig,
+        device: torch.device,
+        kernels_name: str,
+        progress: Callable[[str], None] = lambda message: None,
+    ) -> MeasurementCache:
         """What depends on nothing but device and code.
 
         A CPU is shared with whatever else runs, so that nothing is kept there unless it is asked for.
@@ -42,17 +49,17 @@ class MeasurementCache:
             driver = Path("/proc/driver/nvidia/version")
             name = f"{torch.cuda.get_device_name(device)}, {driver.read_text() if driver.exists() else 'unknown driver'}"
         else:
-            name = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+            name = f"{processor_name()}, {torch.get_num_threads()} threads"
         versions = f"torch {torch.__version__}, CUDA {torch.version.cuda}, Triton {_version('triton')}"
         code = f"{versions}, {_source_hash()}, kernels {kernels_name}"
-        return MeasurementCache(_folder(config, device), {"device": name, "code": code})
+        return MeasurementCache(_folder(config, device), {"device": name, "code": code}, progress)
 
     def of_engine(self, config: EngineConfig, model: Transformer) -> MeasurementCache:
         """What depends on checkpoint and configuration as well."""
         limits = config.scheduler
         numbers = (limits.max_num_seqs, limits.max_num_batched_tokens, config.max_model_len, config.cache.page_size)
         more = {"model": f"{model.config} {model.embedding.dtype}", "limits": str(numbers), "plan": str(config.decode)}
-        return MeasurementCache(self._folder, {**self._key, **more})
+        return MeasurementCache(self._folder, {**self._key, **more}, self._progress)
 
     def get(
         self,
@@ -81,7 +88,10 @@ class MeasurementCache:
         value = measure()
         plain = to_plain(value)
         if plain is not None:
-            _write(file, {"key": key, kind: plain})
+            try:
+                _write(file, {"key": key, kind: plain})
+            except OSError as error:
+                self._progress(f"what was measured cannot be kept in {self._folder}: {error.strerror}")
         return value
 
 
@@ -103,14 +113,19 @@ def _version(package: str) -> str:
 
 
 def _write(file: Path, content: Mapping[str, Any]) -> None:
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        # Written aside and moved: two servers that start at once never read half a file.
-        with tempfile.NamedTemporaryFile("w", dir=file.parent, suffix=".tmp", delete=False, encoding="utf-8") as aside:
-            json.dump(content, aside)
-        os.replace(aside.name, file)
-    except OSError:
-        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    # Written aside and moved: two servers that start at once never read half a file.
+    with tempfile.NamedTemporaryFile("w", dir=file.parent, suffix=".tmp", delete=False, encoding="utf-8") as aside:
+        json.dump(content, aside)
+    os.replace(aside.name, file)
+
+
+def processor_name() -> str:
+    """That of the CPU, as its maker calls it where that is known."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    named = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or platform.machine())
 
 
 def _source_hash() -> str:

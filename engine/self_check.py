@@ -117,7 +117,7 @@ def choose_kernels(
             raise KernelError(problem)
         return True
 
-    cache = MeasurementCache.of_device(config, device, candidate.name)
+    cache = MeasurementCache.of_device(config, device, candidate.name, progress)
     try:
         cache.get("kernels", check, bool, bool, question=str(question))
     except KernelError as problem:

@@ -65,7 +65,8 @@ def all_parts(models: Sequence[str], names: Sequence[str] = ()) -> list[Part]:
 def run_part(bench: Bench, part: Part, seconds: float | None = None) -> Record:
     """Run a part here, for so many seconds (None: as many as its section wants), and write its record after every cell.
 
-    A record of before is kept until there are as many cells again: a second try that is cut shorter costs nothing.
+    A record of before is kept until there are as many cells again, or the part is done: a second try that is cut shorter costs
+    nothing.
     """
     section, begun = part.section, time.perf_counter()
     bound = section.seconds if seconds is None else min(seconds, section.seconds)
@@ -75,7 +76,7 @@ def run_part(bench: Bench, part: Part, seconds: float | None = None) -> Record:
 
     def keep() -> None:
         found.seconds = time.perf_counter() - begun
-        if before is None or len(found.cells) >= len(before.cells):
+        if before is None or found.status == "done" or len(found.cells) >= len(before.cells):
             record.write(bench.out, found)
 
     try:
@@ -164,4 +165,5 @@ def run_all(
 
 def is_short(part: Part, found: Record) -> bool:
     """Whether a second try may find more."""
-    return found.status == "failed" or (found.status == "cut" and found.bound < part.section.seconds)
+    is_red = any(cell.get("is_red") for cell in found.cells)
+    return is_red or found.status == "failed" or (found.status == "cut" and found.bound < part.section.seconds)

@@ -220,11 +220,20 @@ def test_a_second_try_costs_nothing(tmp_path):
     record.write(tmp_path, first)
     run_all(bench, [part], float("inf"), None)
     assert record.read(tmp_path, "cells") == first, "it is there"
-    shorter = Part(of("cells", lambda: iter([{"figure": 1}])), "")
+    shorter = Part(of("cells", lambda: ({"figure": 1 / (1 - i)} for i in range(9))), "")
     run_all(bench, [shorter], float("inf"), None, retry=True)
     assert record.read(tmp_path, "cells") == first
     run_all(bench, [part], float("inf"), None, retry=True)
     assert (record.read(tmp_path, "cells").status, len(record.read(tmp_path, "cells").cells)) == ("done", 9)
+
+
+def test_a_second_try_that_is_green_replaces_a_red_one_with_more_cells(tmp_path):
+    bench, outcomes = Bench(tmp_path, is_dry=True), [[{"is_red": True}, {"test": "one that fails"}], [{"is_red": False}]]
+    part = Part(of("checks", lambda: iter(outcomes.pop(0))), "")
+    for _ in range(3):
+        run_all(bench, [part], float("inf"), None, retry=True)
+    assert outcomes == [], "what is green is not run again"
+    assert record.read(tmp_path, "checks").cells == [{"is_red": False}]
 
 
 def test_what_a_part_has_found_is_in_the_file_after_every_cell(tmp_path):

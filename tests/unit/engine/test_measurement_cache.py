@@ -57,6 +57,10 @@ def test_a_folder_that_cannot_be_written_costs_a_measurement_and_no_more(tmp_pat
     blocked.write_text("")
     meter = Meter()
     assert [cached_costs(blocked, KEY, meter) for _ in range(2)] == [TABLE] * 2
+    said: list[str] = []
+    assert MeasurementCache(blocked, KEY, said.append).get("costs", lambda: TABLE, asdict, CostTable.of_plain) == TABLE
+    assert "cannot be kept" in said[0]
+    assert str(blocked) in said[0]
     assert cached_costs(None, KEY, meter) == TABLE
     assert meter.num_calls == 3
 
