@@ -42,7 +42,7 @@ class Probes:
         """That of everybody while all probe."""
         self.now = Probe.NOBODY
         self._next, self._interval, self._steps_since = Probe.NOBODY, math.inf, 0
-        self._steps_left, self._steps_of_all, self._has_drafted = 0, 0, False
+        self._steps_left, self._steps_of_all, self._has_drafted, self._turn = 0, 0, False, 0
 
     def plan(self, shape: PlanShape, goodputs: Mapping[PlanShape, float], num_requests: int, context: float) -> None:
         """Choose the cheaper way for this plan and load, and how often it can be afforded.
@@ -76,19 +76,20 @@ class Probes:
             self._steps_left = self._steps_of_all if self.now is Probe.ALL else 2
 
     def have_one(self, plans_N4: IntArray, held_N: IntArray, wanted_N: IntArray, block_length: int, may_draft: bool) -> None:
-        """Have the first request that can draft a whole block do so, in the first step that may; verify it in the next one.
+        """Have one request that can draft a whole block do so, in the first step that may; verify it in the next one.
 
-        A request can that holds no block. Where all hold one, the first runs no branch, which leaves it without.
+        A request can that holds no block. Where all hold one, one runs no branch, which leaves it without. They take turns:
+        requests differ in how often they are accepted.
         """
         if self._has_drafted:
             rows = np.flatnonzero(held_N > block_length)
             whole = draft_plans(np.minimum(held_N, wanted_N)[rows], 0, self._block_length, self._has_anchor)
             plans_N4[rows] = whole
         elif may_draft and len(rows := np.flatnonzero((held_N == 1) & (wanted_N > 2))):
-            plans_N4[rows[0]] = (1, 1, self._block_length, self._has_anchor)
-            self._has_drafted = True
+            plans_N4[rows[self._turn % len(rows)]] = (1, 1, self._block_length, self._has_anchor)
+            self._has_drafted, self._turn = True, self._turn + 1
         elif may_draft and len(rows := np.flatnonzero(wanted_N > 2 + block_length)):
-            plans_N4[rows[0], 1] = 0
+            plans_N4[rows[self._turn % len(rows)], 1] = 0
 
     def _cost_of_one(self, shape: PlanShape, num_requests: int, context: float) -> float:
         """Seconds that the rows of one request's block take, and the steps' launching; where it drafts, its own tokens."""

@@ -46,12 +46,12 @@ def certain(chance: float, block_length: int) -> Acceptance:
     return plan_policy.certain(np.full((1, block_length - 1), chance))
 
 
-@pytest.mark.parametrize("name", [name for name, scenario in SCENARIOS.items() if not scenario.spread])
+@pytest.mark.parametrize("name", SCENARIOS)
 @pytest.mark.parametrize("chance", [0.3, 0.7, 0.902])
 def test_in_the_steady_state_auto_is_as_good_as_the_best_fixed_plan(name: str, chance: float) -> None:
-    """All scenarios at all loads are those of the benchmark; here, a load of each kind."""
+    """A load of each kind; ``benchmarks/plan_policy.py`` runs many more."""
     scenario = SCENARIOS[name]
-    for num_requests in (8, 33, 200):
+    for num_requests in (8, 33, 128):
         if num_requests <= scenario.costs.num_requests[-1]:
             of = outcome(scenario, chance, num_requests, scenario.contexts[0])
             assert of.auto >= 0.97 * of.fixed, f"{num_requests} requests: {of.plan} instead of {of.best}"
