@@ -138,6 +138,22 @@ async def test_a_call_that_was_cut_off_is_no_finished_call(ask, tool_tokenizer):
     assert ARGUMENTS.startswith(message["calls"][0][1].rstrip("\ufffd"))
 
 
+@pytest.mark.parametrize("step", [1, 100])
+@pytest.mark.parametrize(
+    ("stop", "arguments", "reason"),
+    [("city", '{"', "stop"), ("Z", '{"city": "', "stop"), ("]", ARGUMENTS, "tool_calls")],
+)
+async def test_only_a_stop_behind_a_call_leaves_it_finished(ask, tool_tokenizer, step, stop, arguments, reason):
+    text = f'[{{"name": "weather", "parameters": {ARGUMENTS}}}]'
+    fields = {"tools": [WEATHER], "tool_choice": "required"}
+    message, _ = await ask(text, step, stop=[stop], **fields)
+    assert (message["calls"], message["finish_reason"]) == ([("weather", arguments)], reason)
+    ids = tool_tokenizer.encode(stop, add_special_tokens=False)
+    if len(ids) == 1:
+        message, _ = await ask(text, step, stop_token_ids=ids, **fields)
+        assert (message["calls"], message["finish_reason"]) == ([("weather", arguments)], reason)
+
+
 REQUIRED_TEXT = f'[{{"name": "weather", "parameters": {ARGUMENTS}}}, {{"name": "time", "parameters": {{}}}}]'
 
 
