@@ -301,7 +301,12 @@ WRONG = [
     ({"tools": [tool()], "tool_choice": {"type": "function", "function": "f"}}, "tool_choice", "none, auto, required"),
     ({"tools": [tool()], "tool_choice": {"type": "function", "function": {"name": ["f"]}}}, "tool_choice", "none, auto"),
     ({"tools": [tool()], "tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice", "'g'"),
-    ({"tools": [tool()], "tool_choice": {"type": "allowed_tools"}}, "tool_choice", "tool_choice.allowed_tools.mode"),
+    ({"tools": [tool()], "tool_choice": {"type": "allowed_tools"}}, "tool_choice", "allowed_tools must be an object"),
+    (
+        {"tools": [tool()], "tool_choice": {"type": "allowed_tools", "mode": "required", "tools": [tool()]}},
+        "tool_choice",
+        "tool_choice.allowed_tools must be an object",
+    ),
     ({"tools": [tool()], "tool_choice": allowed("none", "f")}, "tool_choice", "tool_choice.allowed_tools.mode"),
     ({"tools": [tool()], "tool_choice": allowed("auto")}, "tool_choice", "tool_choice.allowed_tools.tools must be a list"),
     ({"tools": [tool()], "tool_choice": allowed("auto", "f", "g")}, "tool_choice", "allowed_tools.tools.1 names 'g'"),
