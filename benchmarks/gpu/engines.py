@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-import tempfile
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -32,6 +32,9 @@ ROOM = 320
 
 RESERVED_BYTES = 10 << 30
 """Left free beside weights and KV pages, for activations and captured steps."""
+
+KEEPS_NOTHING = os.devnull
+"""For a folder of measurements: no file can be in it, so that every engine measures anew, and nothing is left behind."""
 
 AR = DraftPlan(1, 0, 1)
 FOREVER = 1 << 20
@@ -81,7 +84,7 @@ def engine_config(
     return EngineConfig(
         "random",
         device=str(bench.device),
-        cost_cache=tempfile.mkdtemp(prefix="costs-"),
+        cost_cache=KEEPS_NOTHING,
         cache=CacheConfig(PAGE, pages, share_prefixes),
         scheduler=SchedulerConfig(limits.max_num_seqs, limits.max_rows, async_depth=depth),
         decode=decode,
