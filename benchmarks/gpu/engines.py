@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
-import os
+import shutil
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -32,9 +34,6 @@ ROOM = 320
 
 RESERVED_BYTES = 10 << 30
 """Left free beside weights and KV pages, for activations and captured steps."""
-
-KEEPS_NOTHING = os.devnull
-"""For a folder of measurements: no file can be in it, so that every engine measures anew, and nothing is left behind."""
 
 AR = DraftPlan(1, 0, 1)
 FOREVER = 1 << 20
@@ -84,11 +83,19 @@ def engine_config(
     return EngineConfig(
         "random",
         device=str(bench.device),
-        cost_cache=KEEPS_NOTHING,
+        cost_cache=tempfile.mkdtemp(dir=_scratch()),
         cache=CacheConfig(PAGE, pages, share_prefixes),
         scheduler=SchedulerConfig(limits.max_num_seqs, limits.max_rows, async_depth=depth),
         decode=decode,
     )
+
+
+@functools.cache
+def _scratch() -> str:
+    """A folder that goes away with the process: each engine keeps its measurements in one of its own, and measures anew."""
+    folder = tempfile.mkdtemp(prefix="costs-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def affordable_pages(bench: Bench, model: ModelConfig) -> int:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import gc
 import itertools
 import json
+import os
 import subprocess
 import sys
-import tempfile
 import time
 import weakref
 from dataclasses import replace
@@ -20,7 +20,7 @@ from benchmarks.gpu import loop, record, runner
 from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.calls import CALL_MINUTES, CALLS
-from benchmarks.gpu.engines import AR, Limits, StepRig, engine_config, plan_name
+from benchmarks.gpu.engines import AR, Limits, StepRig, plan_name
 from benchmarks.gpu.random_model import random_model
 from benchmarks.gpu.record import Record
 from benchmarks.gpu.report import write_report
@@ -31,9 +31,7 @@ from benchmarks.gpu.sections.throughput import expected_tokens
 from benchmarks.gpu.shapes import MODELS, kv_bytes, weight_bytes
 from benchmarks.gpu.targets import RATES, TARGETS, judge
 from benchmarks.gpu.timing import MIN_REPEATS, CudaTimer
-from engine.config import DecodeConfig
 from engine.decode.goodput import PlanShape
-from engine.measurement_cache import MeasurementCache
 from kernels.backend import REFERENCE
 
 ROOT = Path(__file__).parents[3]
@@ -378,14 +376,19 @@ def test_every_engine_has_a_graph_pool_of_its_own_and_release_gives_engines_up(t
         gc.enable()
 
 
-def test_engines_measure_anew_and_leave_nothing_behind(tmp_path, monkeypatch):
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    bench = Bench(tmp_path / "out", is_dry=True)
-    config = engine_config(bench, bench.config("8b"), Limits(2, 256, 9, 64), DecodeConfig())
-    cache = MeasurementCache.of_device(config, bench.device, "reference")
-    values = iter((1, 2))
-    assert [cache.get("numbers", lambda: next(values), int, int) for _ in range(2)] == [1, 2]
-    assert not list(tmp_path.iterdir())
+def test_engines_measure_anew_and_leave_nothing_behind(tmp_path):
+    code = (
+        "from benchmarks.gpu.bench import Bench; from benchmarks.gpu.engines import *; from pathlib import Path\n"
+        "bench = Bench(Path('out'), is_dry=True)\n"
+        "config = lambda: engine_config(bench, bench.config('8b'), Limits(2, 256, 9, 64), DecodeConfig())\n"
+        "folders = [Path(config().cost_cache) for _ in range(2)]\n"
+        "assert folders[0] != folders[1]\n"
+        "print(*(folder.is_dir() and not list(folder.iterdir()) for folder in folders))\n"
+    )
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout == "True True\n", done.stderr
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith("costs-")]
 
 
 def test_results_tell_what_the_engines_were_made_of(tmp_path):
