@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -34,7 +35,7 @@ class ChatWriter:
         self._make_parser, self._tool_choice, self._logprobs = make_parser, tool_choice, logprobs
         self._has_short_call_ids = has_short_call_ids
         self._parsers: dict[int, OutputParser] = {}
-        self._has_called: set[int] = set()
+        self._last_call: dict[int, list[str]] = {}  # the arguments of each choice's newest call, in pieces
 
     def opening(self, generation: Generation) -> Sequence[Completion]:
         """One role chunk per choice."""
@@ -59,7 +60,7 @@ class ChatWriter:
             messages.append(AssistantMessage(content=""))
         choices = [ChatChunkChoice(index=delta.index, delta=message, logprobs=None, finish_reason=None) for message in messages]
         if is_end:
-            reason = self._finish_reason(delta.index, delta.finish_reason)
+            reason = self._finish_reason(delta)
             end = ChatChunkChoice(index=delta.index, delta=AssistantMessage(), logprobs=None, finish_reason=reason)
             end.stop_reason = delta.stop_reason
             choices.append(end)
@@ -82,7 +83,7 @@ class ChatWriter:
         choices: list[ChatChoice] = []
         for choice, parts in zip(generation.choices, deltas, strict=True):
             message = self._whole_message(merge(event for delta in parts for event in self._events(delta)))
-            reason = self._finish_reason(choice.index, choice.finish_reason)
+            reason = self._finish_reason(parts[-1])
             answer = ChatChoice(index=choice.index, message=message, finish_reason=reason)
             answer.logprobs = self._chat_logprobs(generation, *parts)
             answer.stop_reason = choice.stop_reason
@@ -107,14 +108,22 @@ class ChatWriter:
         events = parser.push(delta.text)
         if delta.finish_reason is not None:
             events = merge([*events, *parser.finish()])
-        if any(isinstance(event, ToolCallBegin) for event in events):
-            self._has_called.add(delta.index)
+        for event in events:
+            if isinstance(event, ToolCallBegin):
+                self._last_call[delta.index] = []
+            elif isinstance(event, ToolCallArguments):
+                self._last_call[delta.index].append(event.text)
         return events
 
-    def _finish_reason(self, index: int, reason: str | None) -> str | None:
-        """``tool_calls`` for a call that came to its end; one that the client named ends with ``stop``, as OpenAI's does."""
-        is_call = reason == "stop" and index in self._has_called and self._tool_choice is not ToolChoice.NAMED
-        return "tool_calls" if is_call else reason
+    def _finish_reason(self, end: Delta) -> str | None:
+        """``tool_calls`` for a call that came to its end; one that the client named ends with ``stop``, as OpenAI's does.
+
+        A stop string or token of the client's may cut a call anywhere, and behind one that was cut it is ``stop`` as well.
+        """
+        call = self._last_call.get(end.index)
+        if end.finish_reason != "stop" or call is None or self._tool_choice is ToolChoice.NAMED:
+            return end.finish_reason
+        return "tool_calls" if end.stop_reason is None or _is_json("".join(call)) else "stop"
 
     def _chat_logprobs(self, generation: Generation, *deltas: Delta) -> ChatLogprobs | None:
         if generation.choices[0].plan.sampling.logprobs is None:
@@ -166,3 +175,11 @@ class ChatWriter:
         if self.options.include_usage:
             chunk.usage = None  # said with a null on every chunk but the one that has it
         return chunk
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True

@@ -17,16 +17,23 @@ MAX_VALIDATION_ERRORS = 10
 MAX_VALIDATION_ERROR_CHARS = 200
 
 ROUTES_OF_V1 = ("chat/completions", "completions", "models")
+ROUTES_OF_ROOT = ("tokenize", "detokenize", "health", "health/live", "health/ready", "metrics", "version", "load")
+
+ENDPOINTS = "POST /v1/chat/completions, POST /v1/completions and GET /v1/models"
 
 OTHER_APIS = {
-    "responses": "the Responses API is not served here, and what speaks it can speak chat completions too",
-    "messages": "Anthropic's API is not served here",
-    "messages/count_tokens": "Anthropic's API is not served here, but POST /tokenize counts tokens",
-    "assistants": "the Assistants API is not served here",
-    "threads": "the Assistants API is not served here",
-    "api": "Ollama's API is not served here",
+    "responses": "the Responses API is not implemented here",
+    "messages": "Anthropic's Messages API is not implemented here",
+    "messages/count_tokens": "Anthropic's Messages API is not implemented here, but POST /tokenize counts tokens",
+    "assistants": "the Assistants API is not implemented here",
+    "threads": "the Assistants API is not implemented here",
+    "api": "Ollama's API is not implemented here",
+    "tokenizer_info": "/tokenizer_info is not implemented here, but POST /tokenize and POST /detokenize are",
 }
-"""Other ways to talk with a model, by where their paths begin behind /v1."""
+"""What other servers have, by where the paths begin behind /v1."""
+
+ALIASES = {"healthz": "health", "ping": "health", "livez": "health/live", "readyz": "health/ready", "server_info": "version"}
+"""Other servers' names for what is served here."""
 
 _CODES = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}
 
@@ -100,6 +107,9 @@ def as_api_error(error: Exception, retry_after: int) -> ApiError:
             return overloaded(f"the engine is not running: {error}", retry_after, code="engine_unavailable")
         case HTTPException(status_code=400) if isinstance(error.__cause__, RecursionError):
             return invalid("the body is nested too deeply to be read; simplify it", code="nested_too_deeply")
+        case HTTPException(status_code=400) if isinstance(error.__cause__, ValueError):
+            # Bytes that are no UTF-8, or an integer of thousands of digits; behind a semicolon Python advises programs.
+            return invalid(f"the body is not valid JSON: {str(error.__cause__).partition(';')[0]}", code="invalid_json")
         case HTTPException():
             code = _CODES.get(error.status_code, "invalid_request" if error.status_code < 500 else "internal_error")
             kind = "invalid_request_error" if error.status_code < 500 else "server_error"
@@ -133,14 +143,17 @@ def _routing_error(request: Request, error: HTTPException) -> ApiError:
 def _instead_of(path: str) -> str:
     """What to send a request to that came to a path that does not exist."""
     route = path.strip("/")
-    while route.startswith("v1/"):
-        route = route.removeprefix("v1/")
+    while route == "v1" or route.startswith("v1/"):
+        route = route.removeprefix("v1").strip("/")
     other = OTHER_APIS.get(route) or OTHER_APIS.get(route.partition("/")[0])
     if other is not None:
-        return f"{other}; send the conversation to POST /v1/chat/completions"
+        return f"{other}; the endpoints are {ENDPOINTS}"
     if route in ROUTES_OF_V1:
         return f"the route is /v1/{route}: let the client's base URL end with /v1, once"
-    return f"this server generates text, by {', '.join(f'/v1/{name}' for name in ROUTES_OF_V1)}"
+    route = ALIASES.get(route, route)
+    if route in ROUTES_OF_ROOT:
+        return f"the route is /{route}"
+    return f"the endpoints are {ENDPOINTS}"
 
 
 def _validation_error(errors: Sequence[Mapping[str, Any]]) -> ApiError:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
 
-from server.errors import ApiError, invalid
+from server.errors import ApiError, invalid, unsupported
 from server.json_values import parse_json
 from server.protocol import MAX_CHOICES, GenerationFields
 
@@ -35,6 +36,9 @@ JSON_OPTIONS: JsonCompileOptions = {
     "item_separator": r",\x20?",
 }
 
+OPTIONS_KEY = "x-guidance"
+"""Where llguidance reads options in a schema, at its top alone. No client may set them: ``lenient`` would ignore keywords."""
+
 # llguidance names an option of its own, which no client can set.
 OVERLAP = (
     "oneOf constraints are not supported. Enable 'coerce_one_of' option to approximate oneOf with anyOf",
@@ -43,7 +47,12 @@ OVERLAP = (
 
 ANY_OBJECT = {"type": "object"}
 
+_GBNF_RULE = re.compile(r"^\s*[?!]?[\w-]+\s*::=", re.MULTILINE)
+
 Checked = TypeVar("Checked")
+
+_OF_NO_EFFECT = ("disable_any_whitespace", "disable_fallback")
+"""Of vLLM's ``structured_outputs``: JSON comes on one line anyway, and there is one backend to use."""
 
 _IN_MAPPINGS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 _IN_LISTS = ("anyOf", "oneOf", "allOf", "prefixItems")
@@ -103,8 +112,13 @@ def _structured_outputs(value: Mapping[str, Any] | None) -> tuple[str, Any] | No
     if value is None:
         return None
     kinds = ("json", "regex", "choice", "grammar", "json_object")
-    asked = {name: v for name, v in value.items() if v is not None and v is not False}
-    if len(asked) != 1 or next(iter(asked)) not in kinds:
+    sent = {name: v for name, v in value.items() if v is not None and v is not False and name not in _OF_NO_EFFECT}
+    asked = {name: v for name, v in sent.items() if name in kinds}
+    unknown = next((name for name in sent if name not in kinds), None)
+    if unknown is not None:
+        message = f"structured_outputs.{unknown[:64]} is not supported; leave it out. It takes one of {', '.join(kinds)}"
+        raise unsupported(message, "structured_outputs")
+    if len(asked) != 1:
         raise invalid(f"structured_outputs must have exactly one of {', '.join(kinds)}", "structured_outputs")
     ((kind, content),) = asked.items()
     return ("json", ANY_OBJECT) if kind == "json_object" else (kind, content)
@@ -130,6 +144,8 @@ async def _text_grammar(constructor: str, text: Any, param: str) -> str:
         raise invalid(f"{param} must be a text that is not empty", param)
     if constructor == "grammar_from_lark" and text.lstrip().startswith("{"):
         raise invalid(f"{param} must be a lark grammar; for a JSON schema there is response_format", param)
+    if constructor == "grammar_from_lark" and _GBNF_RULE.search(text):
+        raise invalid(f"{param} must be a lark grammar: write start: ... instead of root ::= ... (GBNF, EBNF)", param)
     return await checked_grammar(await _in_thread(_constructed, constructor, text), param)
 
 
@@ -187,6 +203,8 @@ def _problem(grammar: str) -> str:
 def _try_schema(schema: Any) -> tuple[str, str]:
     from llguidance import LLMatcher
 
+    if isinstance(schema, dict):
+        schema = {name: value for name, value in schema.items() if name != OPTIONS_KEY}
     try:
         grammar: str = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=JSON_OPTIONS)
     except ValueError as error:

@@ -66,6 +66,16 @@ _GAUGES = {
     "vllm:kv_cache_usage_perc": ("kv_cache_usage", "Share of KV pages in use; 1 is all of them."),
 }
 
+EAGER_REASONS = {
+    "prefill": "a prompt is read",
+    "diffusion": "a request is in mode diffusion",
+    "grammar": "a request follows a grammar",
+    "size": "no captured step takes so many requests with these plans",
+    "padding": "the captured step that takes it would compute too many rows for nothing",
+    "options": "sampling options that the captured step of this size does not have",
+}
+"""Why a step is not replayed: the reasons of ``engine.cuda_graphs.StepGraphs``, and what they mean."""
+
 
 @dataclass(frozen=True, slots=True)
 class FinishedChoice:
@@ -186,11 +196,14 @@ class EngineCollector(Collector):
 
     def _launches(self, stats: EngineStats) -> Iterator[Metric]:
         """How many steps were CUDA graphs, and why the others were not; nothing where no step is captured."""
-        if not stats.launches:
+        if not stats.launches and self._engine.info.settings.get("captured steps", "none") == "none":
             return
-        text = "Launched steps: replayed as a CUDA graph, or run operation by operation, for what reason."
+        reasons = "; ".join(f"{reason}: {meaning}" for reason, meaning in EAGER_REASONS.items())
+        text = f"Launched steps: replayed as a CUDA graph, or eager, operation by operation, for a reason. {reasons}."
         family = CounterMetricFamily("tidar:launched_steps", text, labels=(*_LABELS, "mode", "reason"))
-        for outcome, count in stats.launches:
+        # From 0 on, or the first count of a reason would be no increase to Prometheus.
+        counts = {"replayed": 0, **dict.fromkeys(EAGER_REASONS, 0), **dict(stats.launches)}
+        for outcome, count in counts.items():
             mode = ("replayed", "") if outcome == "replayed" else ("eager", outcome)
             family.add_metric((*self._labels, *mode), count)
         yield family

@@ -85,7 +85,11 @@ def _allowed(value: Any, names: Sequence[str]) -> tuple[Sequence[str], Any]:
     if not isinstance(value, dict) or value.get("type") != "allowed_tools":
         return names, value
     where, allowed = "tool_choice.allowed_tools", value.get("allowed_tools")
-    if not isinstance(allowed, dict) or allowed.get("mode") not in ("auto", "required"):
+    if not isinstance(allowed, dict):
+        # The Responses API has mode and tools beside the type.
+        form = '{"type": "allowed_tools", "allowed_tools": {"mode": ..., "tools": [...]}}'
+        raise invalid(f"{where} must be an object with mode and tools, as in {form}", "tool_choice")
+    if allowed.get("mode") not in ("auto", "required"):
         raise invalid(f"{where}.mode must be auto or required", "tool_choice")
     listed = allowed.get("tools")
     if not isinstance(listed, list) or not listed:

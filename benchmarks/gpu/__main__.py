@@ -33,7 +33,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help="only these sections or parts (step, step.8b.triton); report: none, but the report",
     )
     chosen.add_argument(
-        "--call", type=int, choices=range(1, 1 + len(CALLS)), help="the parts of one of three calls of 9 minutes"
+        "--call", type=int, choices=range(1, 1 + len(CALLS)), help="the parts of one of three runs of 9 minutes"
     )
     parser.add_argument("--model", nargs="+", choices=[*MODELS], default=[*MODELS], help="only these models (default: all)")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="end by then: every part is given its share")

@@ -1,4 +1,4 @@
-"""A first look in three calls of nine minutes: which parts, in which order, and how many seconds each of them wants.
+"""A first look in three time-boxed runs (``--call``): which parts, in which order, and how many seconds each of them wants.
 
 What the targets need comes in the first two. Within a part its cells are ordered alike, so that a cut loses the least. Time
 that one part leaves, an absent peer for example, goes to those behind it.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
+import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
@@ -81,11 +83,19 @@ def engine_config(
     return EngineConfig(
         "random",
         device=str(bench.device),
-        cost_cache=tempfile.mkdtemp(prefix="costs-"),
+        cost_cache=tempfile.mkdtemp(dir=_scratch()),
         cache=CacheConfig(PAGE, pages, share_prefixes),
         scheduler=SchedulerConfig(limits.max_num_seqs, limits.max_rows, async_depth=depth),
         decode=decode,
     )
+
+
+@functools.cache
+def _scratch() -> str:
+    """A folder that goes away with the process: each engine keeps its measurements in one of its own, and measures anew."""
+    folder = tempfile.mkdtemp(prefix="costs-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def affordable_pages(bench: Bench, model: ModelConfig) -> int:

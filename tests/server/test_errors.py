@@ -164,6 +164,14 @@ async def test_not_json_and_not_unicode(make_client):
         headers = {"Content-Type": "application/json"}
         error = envelope(await client.post(CHAT, content=b'{"messages": [', headers=headers), 400)
         assert error["code"] == "invalid_json"
+        for body, cause in (
+            (b'{"messages": "\xff"}', "'utf-8' codec can't decode byte 0xff in position 14: invalid start byte"),
+            (b'{"seed": ' + b"1" * 5000 + b"}", "value has 5000 digits"),
+        ):
+            error = envelope(await client.post(CHAT, content=body, headers=headers), 400)
+            assert error["code"] == "invalid_json"
+            assert error["message"].startswith("the body is not valid JSON: ")
+            assert error["message"].endswith(cause)
         envelope(await client.post(CHAT, content=b"[1]", headers=headers), 400)
         envelope(await client.post(CHAT, content=b"hello"), 400)
         envelope(await client.post(CHAT, content=b"[" * 100_000, headers=headers), 400)

@@ -32,8 +32,16 @@ async def test_routes_and_methods(make_client):
         ("/chat/completions", "the route is /v1/chat/completions"),
         ("/v1/v1/chat/completions", "the route is /v1/chat/completions"),
         ("/models", "the route is /v1/models"),
-        ("/v1/embeddings", "generates text, by /v1/chat/completions, /v1/completions, /v1/models"),
-        ("/nothing", "generates text, by /v1/chat/completions"),
+        ("/v1/embeddings", "the endpoints are POST /v1/chat/completions, POST /v1/completions and GET /v1/models"),
+        ("/nothing", "the endpoints are POST /v1/chat/completions"),
+        ("/", "the endpoints are POST /v1/chat/completions"),
+        ("/v1", "the endpoints are POST /v1/chat/completions"),
+        ("/v1/tokenize", "the route is /tokenize"),
+        ("/v1/health", "the route is /health"),
+        ("/v1/health/live", "the route is /health/live"),
+        ("/v1/metrics", "the route is /metrics"),
+        ("/healthz", "the route is /health"),
+        ("/tokenizer_info", "not implemented here, but POST /tokenize"),
     ],
 )
 async def test_an_unknown_path_says_what_to_use_instead(make_client, path, hint):

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
+import re
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from engine import EngineStats
+from engine.cuda_graphs import StepGraphs
 from server.middleware import RequestIdFilter
 from tests.server.conftest import chat, text_script
-from tests.server.fake_engine import End, FakeEngine, Script
+from tests.server.fake_engine import End, FakeEngine, Script, tidar_info
 
 pytestmark = pytest.mark.anyio
 CHAT = "/v1/chat/completions"
@@ -195,6 +198,19 @@ async def test_metrics_of_the_engine(make_client):
     assert found[launched, (("mode", "replayed"), ("reason", ""))] == 23
     assert found[launched, (("mode", "eager"), ("reason", "prefill"))] == 24
     assert not any(name.startswith("tidar:plan") for name, _ in found), "auto means a fixed plan"
+
+
+async def test_reasons_to_launch_eagerly_are_there_before_they_happen(make_client):
+    async with make_client(FakeEngine(info=tidar_info(settings={"captured steps": "8"})), served_model_names=("m",)) as client:
+        found = await samples(client)
+        text = (await client.get("/metrics")).text
+    counts = {labels: value for (name, labels), value in found.items() if name == "tidar:launched_steps_total"}
+    assert set(counts.values()) == {0}
+    eager = {dict(labels)["reason"] for labels in counts if dict(labels)["mode"] == "eager"}
+    assert len(counts) == len(eager) + 1
+    assert eager == set(re.findall(r'"(\w+)"', inspect.getsource(StepGraphs._find)))
+    [line] = (line for line in text.splitlines() if line.startswith("# HELP tidar:launched_steps"))
+    assert all(f"{reason}: " in line for reason in eager)
 
 
 async def test_metrics_of_the_plan_in_force(make_client):

@@ -138,6 +138,22 @@ async def test_a_call_that_was_cut_off_is_no_finished_call(ask, tool_tokenizer):
     assert ARGUMENTS.startswith(message["calls"][0][1].rstrip("\ufffd"))
 
 
+@pytest.mark.parametrize("step", [1, 100])
+@pytest.mark.parametrize(
+    ("stop", "arguments", "reason"),
+    [("city", '{"', "stop"), ("Z", '{"city": "', "stop"), ("]", ARGUMENTS, "tool_calls")],
+)
+async def test_only_a_stop_behind_a_call_leaves_it_finished(ask, tool_tokenizer, step, stop, arguments, reason):
+    text = f'[{{"name": "weather", "parameters": {ARGUMENTS}}}]'
+    fields = {"tools": [WEATHER], "tool_choice": "required"}
+    message, _ = await ask(text, step, stop=[stop], **fields)
+    assert (message["calls"], message["finish_reason"]) == ([("weather", arguments)], reason)
+    ids = tool_tokenizer.encode(stop, add_special_tokens=False)
+    if len(ids) == 1:
+        message, _ = await ask(text, step, stop_token_ids=ids, **fields)
+        assert (message["calls"], message["finish_reason"]) == ([("weather", arguments)], reason)
+
+
 REQUIRED_TEXT = f'[{{"name": "weather", "parameters": {ARGUMENTS}}}, {{"name": "time", "parameters": {{}}}}]'
 
 
@@ -285,7 +301,12 @@ WRONG = [
     ({"tools": [tool()], "tool_choice": {"type": "function", "function": "f"}}, "tool_choice", "none, auto, required"),
     ({"tools": [tool()], "tool_choice": {"type": "function", "function": {"name": ["f"]}}}, "tool_choice", "none, auto"),
     ({"tools": [tool()], "tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice", "'g'"),
-    ({"tools": [tool()], "tool_choice": {"type": "allowed_tools"}}, "tool_choice", "tool_choice.allowed_tools.mode"),
+    ({"tools": [tool()], "tool_choice": {"type": "allowed_tools"}}, "tool_choice", "allowed_tools must be an object"),
+    (
+        {"tools": [tool()], "tool_choice": {"type": "allowed_tools", "mode": "required", "tools": [tool()]}},
+        "tool_choice",
+        "tool_choice.allowed_tools must be an object",
+    ),
     ({"tools": [tool()], "tool_choice": allowed("none", "f")}, "tool_choice", "tool_choice.allowed_tools.mode"),
     ({"tools": [tool()], "tool_choice": allowed("auto")}, "tool_choice", "tool_choice.allowed_tools.tools must be a list"),
     ({"tools": [tool()], "tool_choice": allowed("auto", "f", "g")}, "tool_choice", "allowed_tools.tools.1 names 'g'"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import json
+import os
 import subprocess
 import sys
 import time
@@ -152,15 +153,20 @@ def test_warnings_of_other_versions_do_not_fail_a_check(tmp_path, few_checks):
     assert record.read(tmp_path / "out", "checks").cells[0]["passed"] == 1
 
 
-def test_a_check_that_hangs_is_interrupted_and_the_others_of_its_file_are_known(tmp_path, few_checks, monkeypatch):
+def test_a_check_that_hangs_is_interrupted_and_the_others_of_its_file_are_known(
+    tmp_path, few_checks, monkeypatch, time_begins_with
+):
     monkeypatch.setattr(checks, "MARGIN_SECONDS", 0.0)
-    text = SMOKE + "def test_first():\n    pass\n\n@pytest.mark.smoke\ndef test_second():\n    __import__('time').sleep(60)\n"
+    ready = tmp_path / "ready"
+    time_begins_with(ready)
+    hangs = f"    open({str(ready)!r}, 'w').close()\n    __import__('time').sleep(600)\n"
+    text = SMOKE + f"def test_first():\n    pass\n\n@pytest.mark.smoke\ndef test_second():\n{hangs}"
     (few_checks / "test_right.py").write_text(text)
     bench = Bench(tmp_path, is_dry=True)
-    bench.deadline = time.perf_counter() + 3.0
+    bench.deadline = time.perf_counter() + 2.0
     counts, failure = checks.run(bench, "")
     assert (counts["passed"], counts["failed"], counts["is_red"]) == (1, 1, True)
-    assert counts["error"].startswith("not finished after 3 s")
+    assert counts["error"].startswith("not finished after ")
     assert failure == {"test": "test_right.py, after test_first", "message": "under way when the time was over"}
 
 
@@ -377,6 +383,21 @@ def test_every_engine_has_a_graph_pool_of_its_own_and_release_gives_engines_up(t
         assert gone() is None
     finally:
         gc.enable()
+
+
+def test_engines_measure_anew_and_leave_nothing_behind(tmp_path):
+    code = (
+        "from benchmarks.gpu.bench import Bench; from benchmarks.gpu.engines import *; from pathlib import Path\n"
+        "bench = Bench(Path('out'), is_dry=True)\n"
+        "config = lambda: engine_config(bench, bench.config('8b'), Limits(2, 256, 9, 64), DecodeConfig())\n"
+        "folders = [Path(config().cost_cache) for _ in range(2)]\n"
+        "assert folders[0] != folders[1]\n"
+        "print(*(folder.is_dir() and not list(folder.iterdir()) for folder in folders))\n"
+    )
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout == "True True\n", done.stderr
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith("costs-")]
 
 
 def test_results_tell_what_the_engines_were_made_of(tmp_path):

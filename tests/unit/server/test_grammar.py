@@ -63,6 +63,17 @@ def test_white_space_is_one_blank_where_people_write_it(accepts):
         assert [text for text in bad if accepts(grammar, text)] == []
 
 
+def test_a_client_cannot_set_the_options_of_the_compiler(accepts):
+    """``lenient`` would let through what a keyword that is not known forbids, and an unknown option be an error of ours."""
+    options = {"x-guidance": {"lenient": True, "json_allowed_escapes": "", "unknown": 1}}
+    schema = {"type": "object", "properties": {"x-guidance": {"const": "\n"}}, "required": ["x-guidance"]}
+    grammar = grammar_of(guided_json={**schema, **options})
+    assert grammar == grammar_of(guided_json=schema)
+    assert accepts(grammar, json.dumps({"x-guidance": "\n"}))
+    with pytest.raises(ApiError, match="cannot be used"):
+        grammar_of(guided_json={"not": {"type": "string"}, **options})
+
+
 def tools_of(*functions, **fields) -> Tools:
     from server.protocol import ChatCompletionRequest
 
