@@ -183,11 +183,8 @@ def outcome(scenario: Scenario, chance: float, num_requests: int, context: float
 
 def certain(chances_NK: FloatArray) -> Acceptance:
     """What a policy knows of such requests after very many outcomes."""
-    acceptance = Acceptance(chances_NK.shape[1] + 1)
-    survival = chances_NK.cumprod(axis=1).mean(axis=0)
-    for i, (now, before) in enumerate(zip(survival, [1.0, *survival], strict=False), start=1):
-        acceptance._tried[i], acceptance._accepted[i] = 1e9, float(1e9 * now / before)
-    return acceptance
+    survival = chances_NK.cumprod(axis=1).mean(axis=0).tolist()
+    return Acceptance.known([now / before for now, before in zip(survival, [1.0, *survival], strict=False)])
 
 
 def modelled(

@@ -134,7 +134,23 @@ def assemble(
         **({} if model.config.quantization is Quantization.NONE else {"weights": "fp8 (e4m3)"}),
         **({} if choices is None else {"linear layers": str(choices)}),
     }
-    info = EngineInfo(
+    info = _info(config, model, max_model_len, block_length, tuple(table), kv.pool.num_pages, defaults, settings)
+    return EngineCore(scheduler, decoder, runner, grammars, info, depth, graphs)
+
+
+def _info(
+    config: EngineConfig,
+    model: Transformer,
+    max_model_len: int,
+    block_length: int | None,
+    modes: tuple[DecodingMode, ...],
+    num_pages: int,
+    defaults: SamplingDefaults,
+    settings: dict[str, str],
+) -> EngineInfo:
+    """What the server is told of the engine."""
+    tidar = model.config.tidar
+    return EngineInfo(
         architecture=model.config.architecture,
         num_parameters=sum(p.numel() for p in model.parameters()),
         vocab_size=model.config.vocab_size,
@@ -142,16 +158,15 @@ def assemble(
         eos_token_ids=model.config.eos_token_ids,
         block_length=block_length,
         mask_token_id=tidar.mask_token_id if tidar else None,
-        supported_modes=tuple(table),
+        supported_modes=modes,
         default_mode=default_mode(config.decode, block_length),
-        num_pages=kv.pool.num_pages,
+        num_pages=num_pages,
         page_size=config.cache.page_size,
         dtype=str(model.embedding.dtype).removeprefix("torch."),
         device=str(model.embedding.device),
         sampling_defaults=defaults,
         settings=settings,
     )
-    return EngineCore(scheduler, decoder, runner, grammars, info, depth, graphs)
 
 
 def _decoder(config: EngineConfig, model: Transformer, block_length: int | None, num_positions: int) -> TidarDecoder:

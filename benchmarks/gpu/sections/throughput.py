@@ -194,19 +194,7 @@ def _figures(window: Window, shape: PlanShape | None, chance: float) -> Cell:
 
 def expected_tokens(shape: PlanShape, chance: float) -> float:
     """Tokens a step of a request in the steady state, where every draft is accepted with the same chance."""
-    return expect(shape, _Coins(shape.block_length, chance)).tokens_per_step
-
-
-class _Coins(Acceptance):
-    """An acceptance that is known."""
-
-    def __init__(self, block_length: int, chance: float) -> None:
-        super().__init__(block_length)
-        self._chance = chance
-
-    def counts(self, num_drafts: int) -> list[float]:
-        p = self._chance
-        return [*(p**i * (1 - p) for i in range(num_drafts - 1)), p ** (num_drafts - 1)]
+    return expect(shape, Acceptance.known([chance] * (shape.block_length - 1))).tokens_per_step
 
 
 def over_ar(records: list[Record]) -> list[Record]:

@@ -7,7 +7,6 @@ import random
 import numpy as np
 import pytest
 
-from benchmarks import plan_policy
 from benchmarks.plan_policy import (
     Crowd,
     Scenario,
@@ -43,7 +42,7 @@ COUNTS = [n for n in REQUEST_BUCKETS if n <= 256]
 
 def certain(chance: float, block_length: int) -> Acceptance:
     """What a policy knows of drafts that all have one chance, after very many outcomes."""
-    return plan_policy.certain(np.full((1, block_length - 1), chance))
+    return Acceptance.known([chance] * (block_length - 1))
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
