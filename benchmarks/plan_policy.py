@@ -60,7 +60,7 @@ COPY_BANDWIDTH, ARITHMETIC = 4.3e12, 790e12
 class Scenario:
     """A table of costs and the engine that it belongs to. ``captured`` is None where steps are not captured.
 
-    ``known`` is what the policy takes the costs to be, if it does not know better. ``decay``: acceptance of a draft over that
+    ``known``: what the policy takes the costs to be, where that is not ``costs``. ``decay``: acceptance of a draft over that
     of the one before; ``spread``: by which share every other request's acceptance is higher, and that of the rest lower.
     """
 
@@ -198,7 +198,7 @@ def modelled(
 
 
 def modelled_8b(counts: Iterable[int], uncaptured: float = 0.0) -> CostTable:
-    """Qwen3-8B."""
+    """Qwen3-8B; a row's arithmetic is that of all 8.2e9 parameters, the embedding too: 8% more than it multiplies."""
     return modelled(15.137e9, 147_456, 16.4e9, 4096, 36, counts, uncaptured)
 
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from engine.decode.inputs import bounds_of
-from engine.decode.layout import StepLayout, build_layout
+from engine.decode.layout import build_layout
 from engine.decode.logprobs import verified_logprobs
 from engine.decode.pending import PendingResult
 from engine.decode.tidar import TidarDecoder
@@ -32,6 +32,7 @@ from engine.model_runner import ModelRunner
 from engine.step import DraftPlan, IntArray, RequestShape, StepPlan
 from engine.step_sizes import StepSize, StepSizes
 from engine.upload import upload
+from kernels.step_rows.metadata import StepLayout
 
 GREEDY = SamplingNeeds()
 SAMPLED = SamplingNeeds(noise=True)
@@ -158,15 +159,16 @@ class StepGraphs:
     def _record(self, size: StepSize, level: int) -> CapturedStep:
         decoder, batch, needs = self._decoder, self._decoder.batch, LEVELS[level]
         if needs == ALL_NEEDS:
-            batch.make_tables()
-        shape = RequestShape(0, size.num_drafts, size.num_branches, size.block_length, size.has_anchor)
+            batch.make_counts()
+        plan = size.plan
+        shape = RequestShape(0, plan.num_drafts, plan.num_branches, plan.block_length, plan.has_anchor)
         layout = build_layout(np.array([shape] * size.num_requests), decoder.first_masks, batch.device)
         bounds_3N = upload(self._no_bounds(size.num_requests), batch.device)
         no_prefill = torch.zeros(0, dtype=torch.long, device=batch.device)
         max_prefix = (self._max_prefix,) * size.num_requests
 
         def run() -> StepTensors:
-            inputs = decoder.rows.rows(layout, bounds_3N, no_prefill, max_prefix, needs)
+            inputs = decoder.rows.build(layout, bounds_3N, no_prefill, max_prefix, needs)
             logits = self._runner.execute(inputs)
             assert logits is not None, "every request of a captured step has a draft"
             verdict = decoder.verify(inputs, logits)

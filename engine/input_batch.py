@@ -1,7 +1,8 @@
 """Device state of the running requests, one row per slot.
 
-The decoder alone writes it, in stream order: admissions and page updates when a plan is laid out, progress when a step is
-judged. The host never reads it back, so a step can be launched before the one before it has been read.
+The decoder alone writes it, in stream order: admissions and page updates when a plan is admitted, progress when a step is
+judged (and ``step_timer``, before there are requests). The host never reads it back, so a step can be launched before the one
+before it has been read.
 
 Shape suffixes: S slots, K drafts a request may hold, P pages of the longest request, A admitted requests.
 """
@@ -120,7 +121,7 @@ class InputBatch:
             slots, numbers, pages = upload(plan.page_updates, self.device).unbind(1)
             self.block_table_SP[slots, numbers] = pages
 
-    def make_tables(self) -> TokenCounts:
+    def make_counts(self) -> TokenCounts:
         """Make the table that takes room for every slot and token, before a request with penalties asks for it."""
         if self.counts is None:
             self.counts = TokenCounts(self.num_slots + 1, self.vocab_size, self.device)
@@ -146,7 +147,7 @@ class InputBatch:
         self.stops.admit(slot_A, slots, [[(token, float("-inf")) for token in tokens] for tokens in banned])
         penalised = [a for a in admissions if a.sampling.has_penalties]
         if penalised:
-            self.make_tables().admit(
+            self.make_counts().admit(
                 [a.slot for a in penalised],
                 [a.prompt_token_ids for a in penalised],
                 [a.output_token_ids for a in penalised],

@@ -7,6 +7,7 @@ measurement, never a start.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -45,6 +46,9 @@ class MeasurementCache:
 
         A CPU is shared with whatever else runs, so that nothing is kept there unless it is asked for.
         """
+        folder = _folder(config, device)
+        if folder is None:
+            return MeasurementCache(None, {}, progress)
         if device.type == "cuda":
             driver = Path("/proc/driver/nvidia/version")
             name = f"{torch.cuda.get_device_name(device)}, {driver.read_text() if driver.exists() else 'unknown driver'}"
@@ -52,7 +56,7 @@ class MeasurementCache:
             name = f"{processor_name()}, {torch.get_num_threads()} threads"
         versions = f"torch {torch.__version__}, CUDA {torch.version.cuda}, Triton {_version('triton')}"
         code = f"{versions}, {_source_hash()}, kernels {kernels_name}"
-        return MeasurementCache(_folder(config, device), {"device": name, "code": code}, progress)
+        return MeasurementCache(folder, {"device": name, "code": code}, progress)
 
     def of_engine(self, config: EngineConfig, model: Transformer) -> MeasurementCache:
         """What depends on checkpoint and configuration as well."""
@@ -128,6 +132,7 @@ def processor_name() -> str:
     return next(named, platform.processor() or platform.machine())
 
 
+@functools.cache
 def _source_hash() -> str:
     """Of the engine's and the kernels' source: what a step costs changes with them."""
     folders = (Path(__file__).parent, Path(kernels.__file__).parent)

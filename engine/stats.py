@@ -17,7 +17,8 @@ from engine.step import IntArray, columns
 class EngineCounters:
     """Totals since the engine started. A verifying step with ``n > 1`` is one draft, ``n - 1`` draft tokens.
 
-    ``launches``: captured steps that were replayed, and why others were not; see ``StepGraphs``.
+    ``launches``: captured steps that were replayed, and why others were not; see ``StepGraphs``, whose own
+    counter it is and which alone writes it; empty where nothing is captured.
     """
 
     num_steps: int = 0

@@ -23,18 +23,15 @@ less than launching a step operation by operation."""
 
 
 class StepSize(NamedTuple):
-    """The shapes of a captured step."""
+    """A captured step: places for so many requests, all with the rows of one plan."""
 
     num_requests: int
-    num_drafts: int
-    num_branches: int
-    block_length: int
-    has_anchor: bool
+    plan: DraftPlan
 
     @property
     def num_rows(self) -> int:
         """Rows of the step."""
-        return self.num_requests * (self.num_drafts + self.num_branches * (self.block_length + self.has_anchor))
+        return self.num_requests * self.plan.num_rows
 
 
 class StepSizes:
@@ -47,8 +44,7 @@ class StepSizes:
 
     def size_of(self, num_requests: int, plan: DraftPlan) -> StepSize:
         """The size that serves so many requests with this plan."""
-        places = self.num_places(num_requests)
-        return StepSize(places, plan.num_drafts, plan.num_branches, plan.block_length, plan.has_anchor)
+        return StepSize(self.num_places(num_requests), plan)
 
     def add(self, size: StepSize) -> None:
         """A size is at hand from now on."""
@@ -84,7 +80,8 @@ class StepSizes:
             run_N2 = run_N2[:1]  # as mostly: a set of hundreds takes its time
         blocks = {(block, bool(anchor)) for block, anchor in run_N2.tolist()}
         for size in self._by_places[self.num_places(len(plans_N4))]:
-            fits = size.num_drafts >= drafts and size.num_branches >= branches
-            if fits and blocks <= {(size.block_length, size.has_anchor)}:
+            plan = size.plan
+            fits = plan.num_drafts >= drafts and plan.num_branches >= branches
+            if fits and blocks <= {(plan.block_length, plan.has_anchor)}:
                 return size
         return None

@@ -99,7 +99,7 @@ def follow_goodput(
     limits: SchedulerConfig,
     max_context: int,
     num_tokens: int,
-    keep: Callable[[Callable[[], CostTable]], CostTable] = lambda measure: measure(),
+    keep: Callable[[Callable[[], CostTable]], CostTable],
 ) -> GoodputPolicy:
     """Time the draft plans, and return the policy that picks among them. ``keep`` may know the costs from an earlier start.
 

@@ -27,14 +27,14 @@ def check_body(body: Mapping[str, Any]) -> None:
         if not _is_unicode(name):
             raise _half_a_character("the name of a field", None)
         try:
-            check_json(value, name, name)
+            _check_value(value, name, name)
         except ApiError:
             for index, item in enumerate(value if isinstance(value, list) else ()):
-                check_json(item, f"{name}.{index}", name)
+                _check_value(item, f"{name}.{index}", name)
             raise
 
 
-def check_json(value: Any, where: str, param: str) -> None:
+def _check_value(value: Any, where: str, param: str) -> None:
     """Raise a 400 that says ``where``. Level by level: recursion would meet the depth that it is to find."""
     level: list[Any] = [value]
     num_values = 0
@@ -63,7 +63,7 @@ def parse_json(text: str, where: str, param: str) -> Any:
         raise _too_deep(where, param) from None
     except ValueError as error:
         raise invalid(f"{where} is not JSON: {error}", param) from error
-    check_json(value, where, param)
+    _check_value(value, where, param)
     return value
 
 

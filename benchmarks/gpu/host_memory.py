@@ -69,7 +69,7 @@ def growth(run: Callable[[], object]) -> Growth:
     return Growth(before, max(before, after, *seen), after)
 
 
-def load_something(bench: Bench) -> None:
+def load_tiny_model(bench: Bench) -> None:
     """The first load of a process, and the first use of a device, take memory of their own: let a tiny model be it."""
     with tempfile.TemporaryDirectory() as folder:
         tensors = named_tensors(random_model(TINY, bench.dtype, bench.device, REFERENCE))
@@ -85,7 +85,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--dry-run", action="store_true")
     options = parser.parse_args(arguments)
     bench = Bench(options.folder, options.dry_run)
-    load_something(bench)
+    load_tiny_model(bench)
     config = bench.config(options.model)
     found = growth(lambda: load_model(options.folder, config, bench.dtype, bench.device, kernels=REFERENCE))
     print(json.dumps(asdict(found) | {"peak_grew_by": found.peak_grew_by}))

@@ -36,7 +36,7 @@ def tensors(result: Tensor | Sequence[Tensor]) -> list[Tensor]:
 
 
 def difference(out: Tensor, expected: Tensor) -> float:
-    """How far a result is from what is expected, relative to its size; NaN where it has one."""
+    """How far a result is from what is expected, relative to its size; NaN where the result has a NaN."""
     if not out.is_floating_point():
         return float((out != expected).float().mean())
     expected = expected.float()

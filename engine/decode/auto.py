@@ -11,7 +11,7 @@ from engine.decode.goodput import AR, Acceptance, CostTable, PlanShape, goodput,
 from engine.decode.policy import Autoregressive, Drafting, DraftPolicy
 from engine.decode.probes import Probe, Probes
 from engine.sampling_params import DecodingMode
-from engine.step import BoolArray, DraftPlan, IntArray
+from engine.step import BoolArray, IntArray
 from engine.step_sizes import StepSizes
 
 STEPS_BETWEEN_CHOICES = 16
@@ -79,8 +79,7 @@ class GoodputPolicy:
         shapes = dict.fromkeys((*self._shapes, self.shape))
         if self._captured is None:
             return shapes
-        plans = {s: DraftPlan(s.block_length, s.num_branches, s.block_length, self._has_anchor) for s in shapes}
-        return [s for s in shapes if s == AR or self._captured.covers(num_requests, plans[s])]
+        return [s for s in shapes if s == AR or self._captured.covers(num_requests, s.plan(self._has_anchor))]
 
     def observe(self, plans_N4: IntArray, num_drafts_N: IntArray, num_accepted_N: IntArray, is_hit_N: BoolArray) -> None:
         """What became of requests' decode steps: drafts verified and accepted, and whether a branch was hit.

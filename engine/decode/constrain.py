@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from engine.decode.inputs import StepInputs
-from engine.decode.layout import StepLayout
 from engine.decode.sampling import DrawDrafts
 from engine.download import Download
 from engine.grammar import GrammarError, Matcher, empty_mask
@@ -23,6 +22,7 @@ from engine.input_batch import InputBatch
 from engine.step import Admission, StepPlan
 from engine.upload import upload
 from kernels.process_logits.metadata import GrammarRows
+from kernels.step_rows.metadata import StepLayout
 
 
 @dataclass(slots=True)

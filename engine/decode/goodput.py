@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from engine.step import BoolArray, IntArray
+from engine.step import BoolArray, DraftPlan, IntArray
 
 PRIOR_ACCEPTANCE, PRIOR_WEIGHT = 0.7, 32.0
 """What is expected of the first guess before anything was measured, and how many outcomes an expectation is worth. That of a
@@ -37,6 +37,10 @@ class PlanShape:
 
     block_length: int
     num_branches: int
+
+    def plan(self, has_anchor: bool) -> DraftPlan:
+        """Of a request that holds a whole block."""
+        return DraftPlan(self.block_length, self.num_branches, self.block_length, has_anchor)
 
     def __str__(self) -> str:
         if self.block_length == 1:
@@ -86,6 +90,12 @@ class CostTable:
         """Seconds of a step of ``num_requests`` requests with ``rows`` rows in all and ``context`` cached tokens each."""
         base = self._base(num_requests, rows / num_requests)
         return base + context * (num_requests * self.per_kv_token + rows * self.per_row_token)
+
+    def cost_in_places(self, num_requests: int, places: int, rows_each: float, context: float) -> float:
+        """Seconds of a step with ``places`` for requests, each of ``rows_each`` rows, some of which nobody has: a place that is
+        nobody's costs rows, but has no tokens in the cache.
+        """
+        return self.cost(places, places * rows_each, context * num_requests / places)
 
     def _base(self, num_requests: int, rows_each: float) -> float:
         at_each = [
@@ -247,10 +257,10 @@ def goodput(
     """Expected tokens per second of ``num_requests`` requests that all follow one plan.
 
     ``num_places``: requests that a captured step of so many has room for, each with the same rows; None where a step has just
-    the rows that it needs. A place that nobody has costs rows, but has no tokens in the cache.
+    the rows that it needs.
     """
     expected = expect(shape, acceptance, anchor_rows)
     places = num_requests if num_places is None else num_places
     kinds = kinds_of_steps(expected, shape, num_requests, num_places is not None)
-    seconds = sum(share * costs.cost(places, places * rows, context * num_requests / places) for share, rows in kinds)
+    seconds = sum(share * costs.cost_in_places(num_requests, places, rows, context) for share, rows in kinds)
     return num_requests * expected.tokens_per_step / seconds

@@ -90,10 +90,10 @@ class RowBuilder:
         layout = build_layout(plan.shapes, first_masks or has_diffusion, device)
         bounds_3N, prefill = upload(bounds_of(plan), device), upload(plan.prefill_token_ids, device)
         max_prefix = tuple(plan.max_computed.tolist())
-        inputs = self.rows(layout, bounds_3N, prefill, max_prefix, host.needs(plan.slots), has_diffusion)
+        inputs = self.build(layout, bounds_3N, prefill, max_prefix, host.needs(plan.slots), has_diffusion)
         return replace(inputs, draft_rows=self._exact_draft_rows(plan, layout)) if has_diffusion else inputs
 
-    def rows(
+    def build(
         self,
         layout: StepLayout,
         bounds_3N: Tensor,

@@ -19,8 +19,6 @@ from engine.step import IntArray, RequestShape
 from engine.upload import upload
 from kernels.step_rows.metadata import StepLayout
 
-__all__ = ["StepLayout", "build_layout"]
-
 
 def build_layout(shapes: IntArray, first_masks: bool, device: torch.device) -> StepLayout:
     """The layout of a step whose requests have these shapes [N, 6], see ``RequestShape``. Built once, then found again.

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.decode.layout import StepLayout
 from engine.input_batch import HostColumns
 from engine.messages import TokenLogprobs
 from engine.step import StepPlan
 from engine.upload import upload
+from kernels.step_rows.metadata import StepLayout
 
 ROWS_AT_ONCE = 256
 """Bounds the memory of a long prompt over a large vocabulary."""

@@ -98,7 +98,7 @@ def measure_costs(
     ``captured``: the sizes of captured steps, None where steps are not captured; a plan in another size is left out.
     """
     shapes = plan_shapes(block_length, has_short_blocks=not has_anchor)
-    full = [DraftPlan(s.block_length, s.num_branches, s.block_length, has_anchor) for s in shapes]
+    full = [shape.plan(has_anchor) for shape in shapes]
     plans = _apart({plan.num_rows: plan for plan in full})
     counts = [n for n in counts if n <= max_rows]
     timer(1, plans[min(plans)], 0)  # the first step of all pays for what is built once

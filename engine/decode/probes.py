@@ -56,7 +56,7 @@ class Probes:
         self._steps_of_all = 2 if shape == AR else 3  # whoever holds drafts verifies them first
         costs = {Probe.ONE: self._cost_of_one(shape, num_requests, context)}
         whole = PlanShape(self._block_length, 0)
-        if whole in goodputs and self._is_captured(num_requests):
+        if whole in goodputs and self._is_redraft_captured(num_requests):
             lost = 1.0 - goodputs[whole] / goodputs[shape]
             seconds = self._seconds(num_requests, self._block_length + 1, context)
             costs[Probe.ALL] = max(0.0, lost) * seconds * self._steps_of_all
@@ -101,10 +101,9 @@ class Probes:
     def _seconds(self, num_requests: int, rows_each: int, context: float) -> float:
         """Of a step whose requests all have so many rows, in its captured size."""
         places = num_requests if self._captured is None else self._captured.num_places(num_requests)
-        return self._costs.cost(places, places * rows_each, context * num_requests / places)
+        return self._costs.cost_in_places(num_requests, places, rows_each, context)
 
-    def _is_captured(self, num_requests: int) -> bool:
+    def _is_redraft_captured(self, num_requests: int) -> bool:
         if self._captured is None:
             return True
-        plans = (DraftPlan(n, b, self._block_length, self._has_anchor) for n, b in ((self._block_length, 0), (1, 1)))
-        return all(self._captured.covers(num_requests, plan) for plan in plans)
+        return self._captured.covers(num_requests, DraftPlan(1, 1, self._block_length, self._has_anchor))

@@ -134,7 +134,7 @@ def compile_attention(few: bool) -> None:
     for split_size in (0, 1024):
         constants = {"GROUP": 4, "BLOCK_M": 64, "REQUESTS": attention_work._REQUESTS}
         compile_kernel(attention_work.plan_kernel, constants | {"BLOCK_N": 64, "SPLIT_SIZE": split_size}, 4)
-    compile_kernel(attention_work.fill_kernel, constants | {"SCAN": 128}, 4)
+    compile_kernel(attention_work.fill_kernel, constants | {"SCAN": attention_work._SCAN}, 4)
 
 
 def compile_linear() -> None:

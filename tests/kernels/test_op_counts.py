@@ -1,4 +1,4 @@
-"""What a captured step launches around the model's layers: each launch costs two microseconds, in a graph, too.
+"""What a captured step launches around the model's layers: each is taken to cost two microseconds, in a graph, too.
 
 The interpreter stands in for the GPU; the linear layers of the tiny model are torch's, and the rest is what a GPU would run.
 """

@@ -29,7 +29,7 @@ def run(bench: Bench, model: str) -> Cells:
         kernels = replace(bench.kernels(choice, model), prepare_linear=lambda *ignored: None)
         network = random_model(config, bench.dtype, bench.device, kernels)
         rig = StepRig(bench, network, Limits(max(batches), 2048, 1 + max(batches) * 24, max_rows=4096))
-        rig.core.decoder.batch.make_tables()
+        rig.core.decoder.batch.make_counts()
         for name, needs in NEEDS.items():
             for batch in batches:
                 for plan in bench.pick(PLANS, (AR, tidar(4, 2))):

@@ -7,7 +7,7 @@ from transformers import AutoTokenizer
 
 from benchmarks import grammar_cost
 from benchmarks.bundled import MODEL, load_bundled
-from benchmarks.decode_modes import prompt_sets
+from benchmarks.prompts import prompt_sets
 
 
 @pytest.fixture

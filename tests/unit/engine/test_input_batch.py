@@ -97,7 +97,7 @@ def test_a_request_finds_nothing_of_the_one_before_it_and_leaves_others_alone(sa
 
 def test_nothing_moves_when_requests_are_admitted() -> None:
     batch = batch_of()
-    batch.make_tables()
+    batch.make_counts()
 
     def places() -> list[int]:
         owners = (batch, batch.biases, batch.stops, batch.counts)
