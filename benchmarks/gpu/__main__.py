@@ -36,7 +36,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--call", type=int, choices=range(1, 1 + len(CALLS)), help="the parts of one of three runs of 9 minutes"
     )
     parser.add_argument("--model", nargs="+", choices=[*MODELS], default=[*MODELS], help="only these models (default: all)")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="end by then: every part is given its share")
+    parser.add_argument(
+        "--minutes", type=float, default=float("inf"), help="end by then, or half a minute later: every part is given its share"
+    )
     parser.add_argument("--peers", type=Path, metavar="DIR", help="holds any of gpt-fast/, mini-sglang/, site/ (packages)")
     parser.add_argument("--retry", action="store_true", help="run again what failed or was cut short")
     parser.add_argument("--list", action="store_true", help="print the parts, the longest that each may take, and its question")

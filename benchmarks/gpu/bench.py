@@ -18,7 +18,7 @@ from benchmarks.gpu.shapes import ACCEPTANCE, MODELS, TINY
 from benchmarks.gpu.timing import MeteredCapture, kernel_ms, recorder, timer
 from engine.config import ModelConfig
 from kernels.backend import Kernels, select_kernels
-from kernels.linear.choice import ChoiceTable, LayerShape, Measurement, Tile
+from kernels.linear.choice import ChoiceTable
 
 GEMM = "gemm"
 """The section whose records tell which linear layers were chosen."""
@@ -132,12 +132,3 @@ class Bench:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
-
-
-def plain(measurement: Measurement) -> dict[str, Any]:
-    """A measured choice as JSON has it, infinity as None."""
-    values = {name: getattr(measurement, name) for name in ("rows", "library_seconds", "tile_seconds")}
-    tile = None if measurement.tile is None else {n: getattr(measurement.tile, n) for n in Tile.__slots__}
-    shape = {name: getattr(measurement.shape, name) for name in LayerShape.__slots__}
-    values["tile_seconds"] = None if values["tile_seconds"] == float("inf") else values["tile_seconds"]
-    return values | {"shape": shape, "tile": tile}

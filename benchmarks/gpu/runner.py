@@ -13,7 +13,6 @@ import time
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -25,8 +24,8 @@ from benchmarks.gpu.report import write_report
 from benchmarks.gpu.sections import SECTIONS
 from benchmarks.gpu.sections.base import Section
 from benchmarks.gpu.sections.checks import CHECKS, warnings
+from benchmarks.report import ROOT
 
-ROOT = Path(__file__).parents[2]
 REPORT = "report"
 """Named as a section, it runs nothing, and the report is written all the same."""
 
@@ -34,7 +33,7 @@ GRACE_SECONDS = 90.0
 """For one cell under way, beyond a part's own time; a short part has as much again."""
 
 LATE_SECONDS = 20.0
-"""How much later than its minutes a run may end."""
+"""How much later than its minutes a run may end, the time apart that a process gets to end when it is asked to."""
 
 LEAST_SECONDS = 40.0
 """With less than this no part is worth beginning, unless it is meant to be shorter."""

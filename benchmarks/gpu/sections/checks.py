@@ -20,8 +20,8 @@ from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.processes import run_group
 from benchmarks.gpu.record import Cell, Record
 from benchmarks.gpu.sections.base import Cells, Section, tabulate
+from benchmarks.report import ROOT
 
-ROOT = Path(__file__).parents[3]
 TESTS = "tests/gpu"
 CHECKS = ("checks", "checks-all")
 MARGIN_SECONDS = 15.0

@@ -10,7 +10,8 @@ import time
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.sections import checks
 from benchmarks.gpu.sections.base import Cells, Section
-from benchmarks.gpu.sections.checks import MARGIN_SECONDS, ROOT, run_files, show
+from benchmarks.gpu.sections.checks import MARGIN_SECONDS, run_files, show
+from benchmarks.report import ROOT
 
 AT_A_TIME = 4
 _ENGINE = re.compile(r"^from (tests\.)?engine\b", re.MULTILINE)

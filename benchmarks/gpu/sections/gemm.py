@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from benchmarks.gpu.bench import Bench, plain
+from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.record import Cell, Record
 from benchmarks.gpu.sections.base import Cells, Section, attempt, tabulate
 from benchmarks.gpu.shapes import Work, linear_shapes
@@ -26,8 +26,8 @@ def run(bench: Bench, model: str) -> Cells:
     weights = {name: _weights(bench, shape) for name, shape in linear_shapes(config).items()}
     flat = [weight for copies in weights.values() for weight in copies]
     chosen = kernels.prepare_linear(flat, bench.dtype, CHOSEN_AT, lambda message: print(message, flush=True), measured_anew)
-    for measurement in chosen.measurements if chosen is not None else ():
-        yield {"choice": plain(measurement)}
+    for choice in chosen.to_plain() if chosen is not None else ():
+        yield {"choice": choice}
     for rows in bench.pick(ROWS, (1, 8)):
         for name, copies in weights.items():
             cell = {"layer": name, "shape": list(copies[0].shape), "rows": rows}

@@ -20,10 +20,10 @@ from benchmarks.gpu.processes import run_group
 from benchmarks.gpu.random_model import random_model
 from benchmarks.gpu.record import Cell, Record
 from benchmarks.gpu.sections.base import Cells, Section, attempt, tabulate
+from benchmarks.report import ROOT
 from engine.config import DecodeConfig
 from engine.sampling_params import DecodingMode
 
-ROOT = Path(__file__).parents[3]
 PROGRAMS = {
     "transformers_generate": transformers_generate.measure,
     "gpt_fast": gpt_fast.measure,

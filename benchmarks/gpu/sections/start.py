@@ -22,6 +22,7 @@ from benchmarks.gpu.random_model import random_model
 from benchmarks.gpu.record import Cell, Record
 from benchmarks.gpu.sections.base import Cells, Section, attempt, engine_lines, tabulate
 from benchmarks.gpu.sections.throughput import start
+from benchmarks.report import ROOT
 from engine.config import SchedulerConfig
 from engine.kv_cache import page_bytes
 from engine.memory import CudaMemory
@@ -29,7 +30,6 @@ from engine.models.loader import load_model
 from engine.models.places import named_tensors
 from engine.models.transformer import Transformer
 
-ROOT = Path(__file__).parents[3]
 LOAD_SECONDS = 120.0
 
 
@@ -70,7 +70,10 @@ def host_memory(bench: Bench, model: str, folder: Path) -> Cell:
     """Load once more in a process of its own. On a GPU nothing should stay on the host, and no second copy be made there."""
     dry = ["--dry-run"] if bench.is_dry else []
     command = [sys.executable, "-m", "benchmarks.gpu.host_memory", str(folder), "--model", model, *dry]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=LOAD_SECONDS, check=False)
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=LOAD_SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        return {"error": f"host memory: not finished after {LOAD_SECONDS:.0f} s"}
     if done.returncode:
         return {"error": f"host memory: {' '.join(done.stderr.split())[-300:]}"}
     found = json.loads(done.stdout.splitlines()[-1])
