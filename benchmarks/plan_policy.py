@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,8 +25,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.report import finish, table
+from engine.cuda_graphs import LEVELS
+from engine.decode.acceptance import Acceptance
 from engine.decode.auto import GoodputPolicy
-from engine.decode.goodput import AR, Acceptance, CostTable, PlanShape, goodput, plan_shapes
+from engine.decode.costs import CostTable
+from engine.decode.goodput import AR, Execution, PlanShape, goodput, plan_shapes
 from engine.decode.measure import REPEATS, measure_costs
 from engine.decode.policy import Autoregressive, Drafting, DraftPolicy
 from engine.step import DraftPlan, IntArray
@@ -52,13 +56,16 @@ NOISE = 0.02
 ADMISSION_SECONDS = 20e-6
 """Of a request, while costs are measured (a guess)."""
 
+MAX_ROWS = 8192
+"""Of a step."""
+
 COPY_BANDWIDTH, ARITHMETIC = 4.3e12, 790e12
 """Assumed of an H200: bytes copied and floating-point operations in a second."""
 
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """A table of costs and the engine that it belongs to. ``captured`` is None where steps are not captured.
+    """A table of costs and how the engine that it belongs to runs its steps.
 
     ``known``: what the policy takes the costs to be, where that is not ``costs``. ``decay``: acceptance of a draft over that
     of the one before; ``spread``: by which share every other request's acceptance is higher, and that of the rest lower.
@@ -68,7 +75,7 @@ class Scenario:
     costs: CostTable
     block_length: int
     contexts: tuple[float, ...]
-    captured: StepSizes | None = None
+    execution: Execution
     known: CostTable | None = None
     decay: float = 1.0
     spread: float = 0.0
@@ -81,21 +88,22 @@ class Scenario:
 
     @property
     def batches(self) -> list[int]:
-        """Numbers of requests that the table has an idea of."""
-        return [n for n in BATCHES if n <= self.costs.num_requests[-1]]
+        """Numbers of requests that the table has an idea of, and that the engine runs at once."""
+        captured = self.execution.captured
+        most = min(self.costs.num_requests[-1], BATCHES[-1] if captured is None else captured.buckets[-1])
+        return [n for n in BATCHES if n <= most]
 
-    @property
-    def shapes(self) -> tuple[PlanShape, ...]:
-        """The fixed plans."""
-        return plan_shapes(self.block_length)
+    def shapes(self, num_requests: int) -> list[PlanShape]:
+        """The fixed plans that so many requests can follow."""
+        return [s for s in plan_shapes(self.block_length) if s == AR or self.execution.can_run(s, num_requests)]
 
     def seconds(self, plans_N4: IntArray, context: float) -> float:
         """What a step of requests with these plans costs."""
         num_requests = len(plans_N4)
         num_rows = int((plans_N4[:, 0] + plans_N4[:, 1] * (plans_N4[:, 2] + plans_N4[:, 3])).sum())
-        if self.captured is None:
+        if self.execution.captured is None:
             return self.costs.cost(num_requests, num_rows, context)
-        size = self.captured.find(plans_N4)
+        size = self.execution.captured.find(plans_N4)
         if size is None:
             return max(self.costs.uncaptured, self.costs.cost(num_requests, num_rows, context))
         return self.costs.cost(size.num_requests, size.num_rows, context * num_requests / size.num_requests)
@@ -110,6 +118,8 @@ class Crowd:
         self._scenario, self._policy, self._context = scenario, policy, context
         self._rng = np.random.default_rng(seed)
         self.held: IntArray = np.ones(num_requests, dtype=np.int64)
+        self._most_held = self.held
+        self._unread = deque[tuple[IntArray, IntArray, IntArray, NDArray[np.bool_]]]()
         self._chances_NK = scenario.acceptance(chance, num_requests)
         known = certain(self._chances_NK)
         # The place of each number of accepted drafts among the likeliest ones, by the number of drafts.
@@ -129,14 +139,17 @@ class Crowd:
         """Tokens and seconds of one step."""
         if isinstance(self._policy, GoodputPolicy):
             self._policy.begin_step(len(self.held), self._context)
-        plans = self._policy.plans(self.held, np.full_like(self.held, 10_000), bool(self.held.max() > 1))
-        num_drafts, num_branches = plans[:, 0], plans[:, 1]
+        most_held = self._most_held if self._scenario.execution.is_ahead else self.held
+        plans = self._policy.plans(most_held, np.full_like(self.held, 10_000), bool(most_held.max() > 1))
+        num_drafts, num_branches = np.minimum(plans[:, 0], self.held), plans[:, 1]
         runs = (self._rng.random(self._chances_NK.shape) < self._chances_NK).cumprod(axis=1).sum(axis=1)
         accepted: IntArray = np.minimum(1 + runs, num_drafts)
         is_hit = self._rank[num_drafts, accepted] < num_branches
-        self.held = np.where(is_hit, plans[:, 2], 1)
+        self.held, self._most_held = (np.where(has, plans[:, 2], 1) for has in (is_hit, num_branches > 0))
         if isinstance(self._policy, GoodputPolicy):
-            self._policy.observe(plans, num_drafts, accepted, is_hit)
+            self._unread.append((plans, num_drafts, accepted, is_hit))
+            if len(self._unread) > self._scenario.execution.is_ahead:
+                self._policy.observe(*self._unread.popleft())
         return int(accepted.sum()), self._scenario.seconds(plans, self._context)
 
 
@@ -166,14 +179,16 @@ def outcome(scenario: Scenario, chance: float, num_requests: int, context: float
         tokens, seconds = crowd.run(num_steps)
         return tokens / seconds
 
-    policy = GoodputPolicy(Drafting(scenario.block_length, 1), scenario.known or scenario.costs, scenario.captured)
+    policy = GoodputPolicy(Drafting(scenario.block_length, 1), scenario.known or scenario.costs, scenario.execution)
     crowd = Crowd(scenario, policy, chance, num_requests, context)
     tokens, seconds = crowd.run(START_STEPS)
     crowd.run(SETTLING_STEPS)
     steady_tokens, steady_seconds = crowd.run(num_steps)
-    places = None if scenario.captured is None else scenario.captured.num_places(num_requests)
     known = certain(scenario.acceptance(chance, num_requests))
-    promised = {s: goodput(s, known, scenario.costs, num_requests, context, num_places=places) for s in scenario.shapes}
+    promised = {
+        shape: goodput(shape, known, scenario.costs, num_requests, context, scenario.execution)
+        for shape in scenario.shapes(num_requests)
+    }
     likely = sorted(promised, key=lambda shape: -promised[shape])[:NUM_LIKELY]
     goodputs = {shape: fixed(shape) for shape in {AR, policy.shape, *likely}}
     best = max(goodputs, key=goodputs.__getitem__)
@@ -198,8 +213,8 @@ def modelled(
 
 
 def modelled_8b(counts: Iterable[int], uncaptured: float = 0.0) -> CostTable:
-    """Qwen3-8B; a row's arithmetic is that of all 8.2e9 parameters, the embedding too: 8% more than it multiplies."""
-    return modelled(15.137e9, 147_456, 16.4e9, 4096, 36, counts, uncaptured)
+    """Qwen3-8B."""
+    return modelled(15.137e9, 147_456, 15.14e9, 4096, 36, counts, uncaptured)
 
 
 def modelled_1b5(counts: Iterable[int], uncaptured: float = 0.0) -> CostTable:
@@ -207,13 +222,13 @@ def modelled_1b5(counts: Iterable[int], uncaptured: float = 0.0) -> CostTable:
     return modelled(3.087e9, 28_672, 3.09e9, 1536, 28, counts, uncaptured)
 
 
-def all_captured(block_length: int, most: int, max_rows: int = 8192) -> StepSizes:
+def all_captured(block_length: int, most: int, max_rows: int = MAX_ROWS) -> StepSizes:
     """What a start captures that has time for everything."""
     sizes = StepSizes(most)
     for num_requests in sizes.buckets:
         for plan in plans_of([Drafting(block_length, 1)], is_auto=True):
             if num_requests * plan.num_rows <= max_rows:
-                sizes.add(sizes.size_of(num_requests, plan))
+                sizes.add(sizes.size_of(num_requests, plan), len(LEVELS) - 1)
     return sizes
 
 
@@ -227,7 +242,7 @@ def noisily_measured(costs: CostTable, captured: StepSizes, block_length: int, n
         now += (REPEATS + 2) * truth + ADMISSION_SECONDS * num_requests
         return truth * float(np.median(1 + noise * rng.standard_normal(REPEATS)))
 
-    table = measure_costs(timer, block_length, captured.buckets, 8192, 4096, 500_000, captured=captured, clock=lambda: now)
+    table = measure_costs(timer, block_length, captured.buckets, MAX_ROWS, 4096, 500_000, captured=captured, clock=lambda: now)
     return replace(table, uncaptured=costs.uncaptured)
 
 
@@ -242,17 +257,22 @@ def scenarios() -> list[Scenario]:
     counts = [n for n in REQUEST_BUCKETS if n <= 256]
     contexts = (1024.0, 8192.0)
     sizes = all_captured(16, 256)
+    replayed = Execution(sizes, is_ahead=True, max_rows=MAX_ROWS)
+    few = Execution(all_captured(16, 64, 1024), is_ahead=True, max_rows=1024)
     large, small = modelled_8b(counts, UNCAPTURED_SECONDS), modelled_1b5(counts, UNCAPTURED_SECONDS)
     known = noisily_measured(large, sizes, 16, NOISE, 1)
-    of_8b = "8B, k 16, modelled H200, captured"
+    of_8b, of_1b5 = "8B, k 16, modelled H200", "1.5B, k 16, modelled H200, captured"
+    on_a_cpu = "bundled, k 8, measured on 2 CPU cores"
     return [
-        Scenario("bundled, k 8, measured on 2 CPU cores", measured_bundled(), 8, (100.0,)),
-        Scenario("8B, k 16, modelled H200", modelled_8b(counts), 16, contexts),
-        Scenario(of_8b, large, 16, contexts, sizes),
-        Scenario(f"{of_8b}, costs timed with {NOISE:.0%} noise", large, 16, contexts, sizes, known),
-        Scenario(f"{of_8b}, each draft 3% worse than the one before", large, 16, contexts, sizes, decay=0.97),
-        Scenario(f"{of_8b}, requests 10% better and worse", large, 16, contexts, sizes, spread=0.1),
-        Scenario("1.5B, k 16, modelled H200, captured", small, 16, contexts, sizes),
+        Scenario(on_a_cpu, measured_bundled(), 8, (100.0,), Execution()),
+        Scenario(f"{on_a_cpu}, planned ahead", measured_bundled(), 8, (100.0,), Execution(is_ahead=True)),
+        Scenario(of_8b, modelled_8b(counts), 16, contexts, Execution(is_ahead=True)),
+        Scenario(f"{of_8b}, captured", large, 16, contexts, replayed),
+        Scenario(f"{of_8b}, captured, costs timed with {NOISE:.0%} noise", large, 16, contexts, replayed, known),
+        Scenario(f"{of_8b}, captured, each draft 3% worse than the one before", large, 16, contexts, replayed, decay=0.97),
+        Scenario(f"{of_8b}, captured, requests 10% better and worse", large, 16, contexts, replayed, spread=0.1),
+        Scenario(of_1b5, small, 16, contexts, replayed),
+        Scenario(f"{of_1b5}, at most 64 requests and 1,024 rows", small, 16, contexts, few),
     ]
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from benchmarks.report import finish, table
 from engine.config import DecodeConfig, SchedulerConfig
 from engine.decode.auto import GoodputPolicy
-from engine.decode.goodput import CostTable
+from engine.decode.costs import CostTable
 from engine.decode.policy import Drafting, policies
 from engine.kv_cache_manager import KVCacheManager
 from engine.messages import GenerateRequest

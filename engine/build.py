@@ -13,7 +13,7 @@ from engine.config import ConfigError, DraftAnchor, EngineConfig, Quantization, 
 from engine.core import EngineCore, launch
 from engine.cuda_graphs import Capture, CudaCapture, StepGraphs
 from engine.decode.auto import GoodputPolicy
-from engine.decode.goodput import CostTable
+from engine.decode.costs import CostTable
 from engine.decode.measure import step_timer
 from engine.decode.policy import Drafting, default_mode, policies
 from engine.decode.tidar import DecoderSettings, TidarDecoder
@@ -115,15 +115,15 @@ def assemble(
     if capture is not None:
         graphs = StepGraphs(decoder, runner, capture, max_model_len)
         _capture(graphs, plans, defaults, limits.max_num_batched_tokens, memory, progress)
+    depth = int(decoder.batch.device.type == "cuda") if limits.async_depth is None else limits.async_depth
     configured = table[DecodingMode.AUTO]
     if is_auto and isinstance(configured, Drafting):
         keep = functools.partial(_keep_costs, cache, choices, graphs, progress)
-        table[DecodingMode.AUTO] = _timed_policy(configured, decoder, runner, graphs, kv, limits, max_model_len, keep)
+        table[DecodingMode.AUTO] = _timed_policy(configured, decoder, runner, graphs, kv, limits, depth, max_model_len, keep)
     if memory is not None:
         # Requests shall find the memory of the largest step with the allocator, which has given it back since.
         _run_largest(decoder, runner, largest, limits.max_num_batched_tokens)
     scheduler = Scheduler(limits, kv, table, model.config.eos_token_ids, max_model_len)
-    depth = int(decoder.batch.device.type == "cuda") if limits.async_depth is None else limits.async_depth
     settings = {
         "kernels": model.kernels.name,
         "auto": str(table[DecodingMode.AUTO]),
@@ -264,6 +264,7 @@ def _timed_policy(
     graphs: StepGraphs | None,
     kv: KVCacheManager,
     limits: SchedulerConfig,
+    depth: int,
     max_model_len: int,
     keep: Callable[[Callable[[], CostTable]], CostTable],
 ) -> GoodputPolicy:
@@ -277,7 +278,9 @@ def _timed_policy(
         )
         for g in (graphs, None)
     )
-    return follow_goodput(configured, timer, uncaptured_timer, graphs, limits, max_model_len - 1, kv.num_tokens, keep)
+    return follow_goodput(
+        configured, timer, uncaptured_timer, graphs, limits, depth > 0, max_model_len - 1, kv.num_tokens, keep
+    )
 
 
 def _keep_costs(

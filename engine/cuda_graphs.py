@@ -39,8 +39,8 @@ SAMPLED = SamplingNeeds(noise=True)
 TRUNCATED = replace(SAMPLED, top_k=True, top_p=True, min_p=True)
 ALL_NEEDS = replace(TRUNCATED, penalties=True, bias=True, min_tokens=True)
 LEVELS = (GREEDY, SAMPLED, TRUNCATED, ALL_NEEDS)
-"""A step is captured with one of these, each of which does the work of those before it, too: what a request does not ask for
-has no effect on it."""
+"""A step is captured with one of these, by ``SamplingNeeds.level``. Each does the work of those before it, too: what a request
+does not ask for has no effect on it."""
 
 REPLAYED = "replayed"
 
@@ -118,12 +118,12 @@ class StepGraphs:
 
     def prepare(self, num_requests: int, plans: Iterable[DraftPlan], needs: SamplingNeeds = GREEDY) -> None:
         """Capture the steps that serve ``num_requests`` requests with these plans, before they are needed."""
-        level = _level(needs)
+        level = needs.level
         for plan in plans:
             size = self.sizes.size_of(num_requests, plan)
             if (size, level) not in self._captured:
                 self._captured[size, level] = self._record(size, level)
-                self.sizes.add(size)
+                self.sizes.add(size, level)
 
     def launch(self, plan: StepPlan) -> PendingResult | None:
         """Replay the step of a plan that was admitted. None, and nothing was done, where no captured step can do it."""
@@ -150,11 +150,13 @@ class StepGraphs:
             return "diffusion"
         if self._decoder.grammars.constrained(plan):
             return "grammar"
-        size = self.sizes.find(plans_N4)
-        if size is None:
-            return "size" if self.sizes.covering(plans_N4) is None else "padding"
-        levels = range(_level(host.needs(plan.slots)), len(LEVELS))
-        return next((step for level in levels if (step := self._captured.get((size, level)))), "options")
+        level = host.needs(plan.slots).level
+        size = self.sizes.find(plans_N4, level)
+        if size is not None:
+            return next(step for at in range(level, len(LEVELS)) if (step := self._captured.get((size, at))))
+        if self.sizes.find(plans_N4) is not None:
+            return "options"
+        return "size" if self.sizes.covering(plans_N4) is None else "padding"
 
     def _record(self, size: StepSize, level: int) -> CapturedStep:
         decoder, batch, needs = self._decoder, self._decoder.batch, LEVELS[level]
@@ -182,15 +184,6 @@ class StepGraphs:
         bounds = np.zeros((3, num_requests), dtype=np.int64)
         bounds[0] = self._decoder.batch.null_slot
         return bounds
-
-
-def _level(needs: SamplingNeeds) -> int:
-    """The first of ``LEVELS`` that does what these needs ask for."""
-    if needs.penalties or needs.bias or needs.min_tokens:
-        return 3
-    if needs.top_k or needs.top_p or needs.min_p:
-        return 2
-    return int(needs.noise)
 
 
 class _Memory:

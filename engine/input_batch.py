@@ -41,6 +41,15 @@ class SamplingNeeds(Needs):
             min_tokens=any(p.min_tokens for p in params),
         )
 
+    @property
+    def level(self) -> int:
+        """The least of the levels that steps are captured for which does all of this: 0 is greedy, 3 has every option."""
+        if self.penalties or self.bias or self.min_tokens:
+            return 3
+        if self.top_k or self.top_p or self.min_p:
+            return 2
+        return int(self.noise)
+
 
 class HostColumns:
     """What the host has to know of each slot's request to choose the code of a step.

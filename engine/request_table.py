@@ -9,6 +9,7 @@ from dataclasses import astuple
 
 import numpy as np
 
+from engine.input_batch import SamplingNeeds
 from engine.messages import SpeculationStats
 from engine.request import Request
 from engine.step import IntArray, TokenArray, columns, spread
@@ -21,7 +22,7 @@ class RequestTable:
 
     * ``token_ids_SC``: the prompt and everything emitted, ``num_tokens_S`` of them; at most ``max_length_S`` there will be;
     * ``num_held_S``: drafts that the device holds; ``verifies_S``: 1 where only the first of them has been emitted
-      (see ``DraftPolicy.verifies``);
+      (see ``DraftPolicy.verifies``); ``level_S``: that of its sampling (``SamplingNeeds.level``);
     * ``speculation_S4``: the fields of ``SpeculationStats``; ``policy_S``: the policy's number in the planner.
 
     Of steps that are launched and not read yet:
@@ -41,7 +42,7 @@ class RequestTable:
         self._flat_token_ids = self.token_ids_SC.reshape(-1)
         self.num_tokens_S, self.num_prompt_S, self.max_length_S = column(), column(), column()
         self.num_held_S, self.max_held_S = column(), column()
-        self.verifies_S, self.policy_S, self.epoch_S = column(), column(), column()
+        self.verifies_S, self.policy_S, self.level_S, self.epoch_S = column(), column(), column(), column()
         self.prefill_in_flight_S, self.drafts_in_flight_S, self.decodes_in_flight_S = column(), column(), column()
         self.speculation_S4 = columns(num_slots, 4)
         self.requests: list[Request | None] = [None] * num_slots
@@ -59,6 +60,7 @@ class RequestTable:
         self.max_length_S[slot] = request.max_length
         self.num_held_S[slot] = self.max_held_S[slot] = 1
         self.verifies_S[slot], self.policy_S[slot] = verifies, request.policy
+        self.level_S[slot] = SamplingNeeds.of([request.message.sampling]).level
         self.speculation_S4[slot] = astuple(request.speculation)
         self.requests[slot], self.request_ids[slot], request.slot = request, request.request_id, slot
         self.running.append(request)

@@ -115,7 +115,7 @@ class Scheduler:
     def schedule(self) -> StepPlan | None:
         """Plan the next step: running requests oldest first, then waiting ones while rows, slots and pages last."""
         budget, slots_N = self.config.max_num_batched_tokens, self.table.slots
-        self.planner.begin_step(self.table.num_tokens_S[slots_N])
+        self.planner.begin_step(self.table.num_tokens_S[slots_N], self.table.level_S[slots_N])
         # Drafts and branches of running requests neither take the row of another one nor keep a waiting one out of a free slot.
         kept_back = budget // 4 if self.waiting and self.table.free_slots else 0
         num_preemptions = self.counters.num_preemptions

@@ -41,38 +41,39 @@ class StepSizes:
         self.buckets = (*(n for n in REQUEST_BUCKETS if n < max_num_seqs), max_num_seqs)
         """Numbers of requests, ascending."""
         self._by_places: dict[int, list[StepSize]] = {places: [] for places in self.buckets}
+        self._level: dict[StepSize, int] = {}
 
     def size_of(self, num_requests: int, plan: DraftPlan) -> StepSize:
         """The size that serves so many requests with this plan."""
         return StepSize(self.num_places(num_requests), plan)
 
-    def add(self, size: StepSize) -> None:
-        """A size is at hand from now on."""
-        sizes = self._by_places[size.num_requests]
-        if size not in sizes:
-            bisect.insort(sizes, size, key=lambda size: size.num_rows)
+    def add(self, size: StepSize, level: int) -> None:
+        """A size is at hand from now on, for requests whose sampling is of this level (``SamplingNeeds.level``) or below."""
+        if size not in self._level:
+            bisect.insort(self._by_places[size.num_requests], size, key=lambda size: size.num_rows)
+        self._level[size] = max(level, self._level.get(size, 0))
 
     def num_places(self, num_requests: int) -> int:
         """Requests that a captured step of so many has room for."""
         return self.buckets[bisect.bisect_left(self.buckets, num_requests)]
 
-    def covers(self, num_requests: int, plan: DraftPlan) -> bool:
-        """Whether a step of so many requests that all have this plan is replayed."""
+    def covers(self, num_requests: int, plan: DraftPlan, level: int = 0) -> bool:
+        """Whether a step of so many requests that all have this plan, with sampling of this level, is replayed."""
         bounds = np.array([[plan.num_drafts, plan.num_branches, plan.block_length, plan.has_anchor]])
-        return self.find(bounds.repeat(num_requests, axis=0)) is not None
+        return self.find(bounds.repeat(num_requests, axis=0), level) is not None
 
-    def find(self, plans_N4: IntArray) -> StepSize | None:
+    def find(self, plans_N4: IntArray, level: int = 0) -> StepSize | None:
         """The size in which requests with these plans (fields of ``DraftPlan``) are replayed: that with the fewest rows.
 
-        None where there is none that covers them, or only one that is much larger.
+        None where there is none that covers them and their level, or only one that is much larger.
         """
-        size = self.covering(plans_N4)
+        size = self.covering(plans_N4, level)
         if size is None:
             return None
         num_rows = int((plans_N4[:, 0] + plans_N4[:, 1] * (plans_N4[:, 2] + plans_N4[:, 3])).sum())
         return size if size.num_rows <= max(FREE_ROWS, MOST_PADDING * num_rows) else None
 
-    def covering(self, plans_N4: IntArray) -> StepSize | None:
+    def covering(self, plans_N4: IntArray, level: int = 0) -> StepSize | None:
         """The size with the fewest rows that has room for these plans, however much of it would be padding."""
         drafts, branches = int(plans_N4[:, 0].max()), int(plans_N4[:, 1].max())
         run_N2 = plans_N4[plans_N4[:, 1] > 0, 2:]
@@ -81,7 +82,7 @@ class StepSizes:
         blocks = {(block, bool(anchor)) for block, anchor in run_N2.tolist()}
         for size in self._by_places[self.num_places(len(plans_N4))]:
             plan = size.plan
-            fits = plan.num_drafts >= drafts and plan.num_branches >= branches
+            fits = plan.num_drafts >= drafts and plan.num_branches >= branches and self._level[size] >= level
             if fits and blocks <= {(plan.block_length, plan.has_anchor)}:
                 return size
         return None

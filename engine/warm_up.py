@@ -16,7 +16,8 @@ import torch
 from engine.config import SchedulerConfig
 from engine.cuda_graphs import ALL_NEEDS, GREEDY, StepGraphs
 from engine.decode.auto import GoodputPolicy
-from engine.decode.goodput import CostTable, plan_shapes
+from engine.decode.costs import CostTable
+from engine.decode.goodput import PLAIN, Execution, PlanShape, plan_shapes
 from engine.decode.measure import StepTimer, measure_costs, powers_of_two
 from engine.decode.policy import Drafting, DraftPolicy
 from engine.input_batch import SamplingNeeds
@@ -27,26 +28,16 @@ MAX_CAPTURE_SECONDS = 60.0
 MEASURED_CONTEXT = 4096
 """Most cached tokens of a request at which the cost of attention is timed."""
 
-PLAIN = DraftPlan(1, 0, 1)
-
 
 def plans_of(policies: Iterable[DraftPolicy], is_auto: bool) -> list[DraftPlan]:
     """The plans of whole steps that these policies may take, each once; ``is_auto``: those that ``auto`` compares as well."""
     plans = [PLAIN]
     for policy in policies:
         if isinstance(policy, Drafting):
-            plans += _plans(policy.block_length, policy.num_branches, policy.has_anchor)
-            shapes = plan_shapes(policy.block_length, not policy.has_anchor) if is_auto else ()
-            plans += [
-                p for s in shapes if s.block_length > 1 for p in _plans(s.block_length, s.num_branches, policy.has_anchor)
-            ]
+            more = plan_shapes(policy.block_length, not policy.has_anchor) if is_auto else ()
+            shapes = (PlanShape(policy.block_length, policy.num_branches), *more)
+            plans += [plan for shape in shapes for plan in shape.steps(policy.has_anchor)]
     return list(dict.fromkeys(plans))
-
-
-def _plans(block_length: int, num_branches: int, has_anchor: bool) -> list[DraftPlan]:
-    """A plan's steps. Without branches every other step is a redraft; with some, a redraft fits into the step of the others."""
-    steps = [DraftPlan(block_length, num_branches, block_length, has_anchor)]
-    return steps if num_branches else [*steps, DraftPlan(1, 1, block_length, has_anchor)]
 
 
 @torch.inference_mode()
@@ -97,16 +88,18 @@ def follow_goodput(
     uncaptured_timer: StepTimer,
     graphs: StepGraphs | None,
     limits: SchedulerConfig,
+    is_ahead: bool,
     max_context: int,
     num_tokens: int,
     keep: Callable[[Callable[[], CostTable]], CostTable],
 ) -> GoodputPolicy:
     """Time the draft plans, and return the policy that picks among them. ``keep`` may know the costs from an earlier start.
 
-    ``uncaptured_timer`` times steps that are not replayed. ``max_context``: the most tokens that a request may have in the
-    cache; ``num_tokens``: those that the cache has room for.
+    ``uncaptured_timer`` times steps that are not replayed. ``is_ahead``: as in ``Execution``. ``max_context``: the most tokens
+    that a request may have in the cache; ``num_tokens``: those that the cache has room for.
     """
-    sizes = None if graphs is None else graphs.sizes
+    # Where memory sufficed for no capture at all, every step is launched operation by operation.
+    sizes = graphs.sizes if graphs is not None and graphs.num_captured else None
     counts = powers_of_two(limits.max_num_seqs) if sizes is None else sizes.buckets
     room = (limits.max_num_batched_tokens, min(max_context, MEASURED_CONTEXT), num_tokens)
 
@@ -114,4 +107,5 @@ def follow_goodput(
         costs = measure_costs(timer, configured.block_length, counts, *room, configured.has_anchor, sizes)
         return costs if sizes is None else replace(costs, uncaptured=uncaptured_timer(1, PLAIN, 0))
 
-    return GoodputPolicy(configured, keep(measured), sizes)
+    execution = Execution(sizes, is_ahead, limits.max_num_batched_tokens, configured.has_anchor)
+    return GoodputPolicy(configured, keep(measured), execution)

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import ClassVar
 
 import numpy as np
 
-from engine.decode.goodput import AR, Acceptance, CostTable, PlanShape, goodput, plan_shapes
+from engine.decode.acceptance import Acceptance
+from engine.decode.costs import CostTable
+from engine.decode.goodput import AR, Execution, PlanShape, goodput, plan_shapes
 from engine.decode.policy import Autoregressive, Drafting, DraftPolicy
 from engine.decode.probes import Probe, Probes
 from engine.sampling_params import DecodingMode
 from engine.step import BoolArray, IntArray
-from engine.step_sizes import StepSizes
 
 STEPS_BETWEEN_CHOICES = 16
 
 HYSTERESIS = 1.01
 """Another plan must promise this much more than the one in force, so that noise does not make plans alternate; and every plan
 more than ``ar``, or a small error in what was measured would make it slower than plain decoding."""
+
+OPTIMISM = 2.0
+"""A plan promises what is expected of it and so many standard errors more: one of which little is known is tried until it is
+known to be worse. One that bad luck has ruled out would give no more outcomes that show it. (Upper confidence bounds:
+Auer, Cesa-Bianchi and Fischer, 2002.)"""
 
 
 class GoodputPolicy:
@@ -32,54 +37,55 @@ class GoodputPolicy:
     mode: ClassVar[DecodingMode] = DecodingMode.TIDAR
     verifies: ClassVar[bool] = True
 
-    def __init__(self, configured: Drafting, costs: CostTable, captured: StepSizes | None = None) -> None:
-        """``captured``: the sizes of captured steps; None where steps are not captured."""
-        self._costs, self._captured, self._has_anchor = costs, captured, configured.has_anchor
+    def __init__(self, configured: Drafting, costs: CostTable, execution: Execution | None = None) -> None:
+        """``execution``: how the engine runs steps, as ``configured`` has its anchor."""
+        self._costs = costs
+        self._execution = Execution(has_anchor=configured.has_anchor) if execution is None else execution
         # A drafter whose blocks begin with a copy was trained on whole blocks alone.
         self._shapes = plan_shapes(configured.block_length, has_short_blocks=not configured.has_anchor)
         self._acceptance = Acceptance(configured.block_length)
         self._outcomes: list[tuple[IntArray, IntArray, IntArray, BoolArray]] = []
-        self._probes = Probes(configured.block_length, configured.has_anchor, costs, captured)
-        self._steps, self._chosen_at, self._load = 0, -STEPS_BETWEEN_CHOICES, 0
+        self._probes = Probes(configured.block_length, costs, self._execution)
+        self._steps, self._chosen_at, self._load, self._level = 0, -STEPS_BETWEEN_CHOICES, 0, 0
         self.expected_by_name: tuple[tuple[str, float], ...] = ()
         self._follow(PlanShape(configured.block_length, configured.num_branches))
 
     def _follow(self, shape: PlanShape) -> None:
         self.shape = shape
-        drafting = Drafting(shape.block_length, shape.num_branches, self._has_anchor)
+        drafting = Drafting(shape.block_length, shape.num_branches, self._execution.has_anchor)
         self._policy: DraftPolicy = Autoregressive() if shape == AR else drafting
 
-    def begin_step(self, num_requests: int, context: float) -> None:
-        """A step of ``num_requests`` running requests with ``context`` tokens each on average is being planned."""
+    def begin_step(self, num_requests: int, context: float, level: int = 0) -> None:
+        """A step of ``num_requests`` running requests with ``context`` tokens each on average is being planned.
+
+        ``level``: the highest of their sampling (``SamplingNeeds.level``), which a captured step has to do.
+        """
         self._steps += 1
-        is_due = self._steps - self._chosen_at >= STEPS_BETWEEN_CHOICES or not 0.75 <= num_requests / max(1, self._load) <= 1.33
-        if num_requests and is_due:
+        is_other_load = not 0.75 <= num_requests / max(1, self._load) <= 1.33 or level != self._level
+        if num_requests and (is_other_load or self._steps - self._chosen_at >= STEPS_BETWEEN_CHOICES):
             self._learn()
             if self._acceptance.is_measured:
-                self._choose(num_requests, context)
+                self._choose(num_requests, context, level)
         self._probes.begin_step()
 
-    def _choose(self, num_requests: int, context: float) -> None:
-        self._chosen_at, self._load = self._steps, num_requests
-        places = None if self._captured is None else self._captured.num_places(num_requests)
+    def _choose(self, num_requests: int, context: float, level: int) -> None:
+        self._chosen_at, self._load, self._level = self._steps, num_requests, level
+        shapes = [s for s in dict.fromkeys((*self._shapes, self.shape)) if self._can_run(s, num_requests, level)]
         expected = {
-            shape: goodput(shape, self._acceptance, self._costs, num_requests, context, int(self._has_anchor), places)
-            for shape in self._candidates(num_requests)
+            shape: goodput(shape, self._acceptance, self._costs, num_requests, context, self._execution) for shape in shapes
         }
         self.expected_by_name = tuple((str(shape), value) for shape, value in expected.items())
-        best = max(expected, key=expected.__getitem__)
-        if expected[best] <= HYSTERESIS * expected[AR]:
+        errors = {length: self._acceptance.standard_error(length) for length in {s.block_length for s in shapes}}
+        promised = {shape: (1 + OPTIMISM * errors[shape.block_length]) * value for shape, value in expected.items()}
+        best = max(promised, key=promised.__getitem__)
+        if promised[best] <= HYSTERESIS * promised[AR]:
             self._follow(AR)
-        elif expected[best] > HYSTERESIS * expected.get(self.shape, 0.0):
+        elif promised[best] > HYSTERESIS * promised.get(self.shape, 0.0):
             self._follow(best)
         self._probes.plan(self.shape, expected, num_requests, context)
 
-    def _candidates(self, num_requests: int) -> Iterable[PlanShape]:
-        """The plans to compare: where steps are captured, only what was captured for so many requests, and ``ar``."""
-        shapes = dict.fromkeys((*self._shapes, self.shape))
-        if self._captured is None:
-            return shapes
-        return [s for s in shapes if s == AR or self._captured.covers(num_requests, s.plan(self._has_anchor))]
+    def _can_run(self, shape: PlanShape, num_requests: int, level: int) -> bool:
+        return shape == AR or self._execution.can_run(shape, num_requests, level)
 
     def observe(self, plans_N4: IntArray, num_drafts_N: IntArray, num_accepted_N: IntArray, is_hit_N: BoolArray) -> None:
         """What became of requests' decode steps: drafts verified and accepted, and whether a branch was hit.

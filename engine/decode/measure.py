@@ -15,7 +15,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from engine.decode.goodput import CostTable, plan_shapes
+from engine.decode.costs import CostTable
+from engine.decode.goodput import plan_shapes
 from engine.decode.pending import PendingResult
 from engine.decode.tidar import TidarDecoder
 from engine.sampling_params import DecodingMode, SamplingParams

@@ -46,11 +46,11 @@ class DraftPlanner:
         """The plan that ``auto`` follows now and what was expected of each; nothing where ``auto`` means a fixed plan."""
         return ("", ()) if self._auto is None else (str(self._auto.shape), self._auto.expected_by_name)
 
-    def begin_step(self, num_tokens_N: IntArray) -> None:
-        """A step is being planned; ``num_tokens`` are those of the running requests."""
+    def begin_step(self, num_tokens_N: IntArray, level_N: IntArray) -> None:
+        """A step is being planned; ``num_tokens`` are those of the running requests, ``level`` those of their sampling."""
         self._is_verifying = [False] * len(self.policies)
         if self._auto is not None and len(num_tokens_N):
-            self._auto.begin_step(len(num_tokens_N), float(num_tokens_N.sum()) / len(num_tokens_N))
+            self._auto.begin_step(len(num_tokens_N), float(num_tokens_N.sum()) / len(num_tokens_N), int(level_N.max()))
 
     def plans(self, policy_N: IntArray, held_N: IntArray, wanted_N: IntArray) -> IntArray:
         """Draft plans, [N, 4] (see ``DraftPolicy.plans``); those who want nothing more get an empty one.

@@ -13,10 +13,10 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from engine.decode.goodput import AR, CostTable, PlanShape
+from engine.decode.costs import CostTable
+from engine.decode.goodput import AR, Execution, PlanShape
 from engine.decode.policy import Drafting, draft_plans
-from engine.step import DraftPlan, IntArray
-from engine.step_sizes import StepSizes
+from engine.step import IntArray
 
 SHARE_OF_TIME = 0.004
 """What probes may cost, of the tokens that the plan in force gives."""
@@ -35,10 +35,9 @@ class Probe(enum.Enum):
 class Probes:
     """When to probe, and how. ``now`` is for the step that is being planned."""
 
-    def __init__(self, block_length: int, has_anchor: bool, costs: CostTable, captured: StepSizes | None) -> None:
-        self._costs, self._captured = costs, captured
-        self._block_length, self._has_anchor = block_length, has_anchor
-        self.policy = Drafting(block_length, 0, has_anchor)
+    def __init__(self, block_length: int, costs: CostTable, execution: Execution) -> None:
+        self._costs, self._execution, self._block_length = costs, execution, block_length
+        self.policy = Drafting(block_length, 0, execution.has_anchor)
         """That of everybody while all probe."""
         self.now = Probe.NOBODY
         self._next, self._interval, self._steps_since = Probe.NOBODY, math.inf, 0
@@ -47,7 +46,7 @@ class Probes:
     def plan(self, shape: PlanShape, goodputs: Mapping[PlanShape, float], num_requests: int, context: float) -> None:
         """Choose the cheaper way for this plan and load, and how often it can be afforded.
 
-        ``goodputs``: tokens per second that are expected of each plan.
+        ``goodputs``: tokens per second that are expected of each plan that can be run.
         """
         self._next, self._interval = Probe.NOBODY, math.inf
         if shape.block_length == self._block_length:
@@ -56,7 +55,7 @@ class Probes:
         self._steps_of_all = 2 if shape == AR else 3  # whoever holds drafts verifies them first
         costs = {Probe.ONE: self._cost_of_one(shape, num_requests, context)}
         whole = PlanShape(self._block_length, 0)
-        if whole in goodputs and self._is_redraft_captured(num_requests):
+        if whole in goodputs:
             lost = 1.0 - goodputs[whole] / goodputs[shape]
             seconds = self._seconds(num_requests, self._block_length + 1, context)
             costs[Probe.ALL] = max(0.0, lost) * seconds * self._steps_of_all
@@ -83,10 +82,10 @@ class Probes:
         """
         if self._has_drafted:
             rows = np.flatnonzero(held_N > block_length)
-            whole = draft_plans(np.minimum(held_N, wanted_N)[rows], 0, self._block_length, self._has_anchor)
+            whole = draft_plans(np.minimum(held_N, wanted_N)[rows], 0, self._block_length, self._execution.has_anchor)
             plans_N4[rows] = whole
         elif may_draft and len(rows := np.flatnonzero((held_N == 1) & (wanted_N > 2))):
-            plans_N4[rows[self._turn % len(rows)]] = (1, 1, self._block_length, self._has_anchor)
+            plans_N4[rows[self._turn % len(rows)]] = (1, 1, self._block_length, self._execution.has_anchor)
             self._has_drafted, self._turn = True, self._turn + 1
         elif may_draft and len(rows := np.flatnonzero(wanted_N > 2 + block_length)):
             plans_N4[rows[self._turn % len(rows)], 1] = 0
@@ -100,10 +99,4 @@ class Probes:
 
     def _seconds(self, num_requests: int, rows_each: int, context: float) -> float:
         """Of a step whose requests all have so many rows, in its captured size."""
-        places = num_requests if self._captured is None else self._captured.num_places(num_requests)
-        return self._costs.cost_in_places(num_requests, places, rows_each, context)
-
-    def _is_redraft_captured(self, num_requests: int) -> bool:
-        if self._captured is None:
-            return True
-        return self._captured.covers(num_requests, DraftPlan(1, 1, self._block_length, self._has_anchor))
+        return self._costs.cost_in_places(num_requests, self._execution.num_places(num_requests), rows_each, context)

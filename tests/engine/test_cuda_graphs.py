@@ -14,7 +14,10 @@ import torch
 from engine import step_sizes
 from engine.core import EngineCore
 from engine.cuda_graphs import ALL_NEEDS, GREEDY, SAMPLED, TRUNCATED, StepGraphs
+from engine.decode.acceptance import Acceptance
 from engine.decode.auto import GoodputPolicy
+from engine.decode.costs import CostTable
+from engine.decode.goodput import AR, PLAIN, Execution, PlanShape
 from engine.decode.layout import _build_layout
 from engine.decode.policy import Drafting
 from engine.input_batch import SamplingNeeds
@@ -61,8 +64,11 @@ def test_an_engine_with_a_capture_records_every_step_that_its_plans_may_take(dep
     graphs, policy = core.graphs, core.scheduler.planner.policy_of(DecodingMode.AUTO)
     assert graphs is not None
     assert isinstance(policy, GoodputPolicy)
-    for shape in policy._candidates(8):
-        assert graphs.sizes.covers(8, DraftPlan(shape.block_length, shape.num_branches, shape.block_length))
+    fitting = Execution(max_rows=core.scheduler.config.max_num_batched_tokens)
+    pairs = [(shape, n) for shape in policy._shapes for n in graphs.sizes.buckets if fitting.can_run(shape, n)]
+    assert len(pairs) > 20
+    for shape, num_requests in pairs:
+        assert policy._execution.can_run(shape, num_requests, ALL_NEEDS.level)
     requests = random_requests(random.Random(4), 16)
     requests += [replace(request, request_id=f"auto {i}", decoding=DecodingMode.AUTO) for i, request in enumerate(requests)]
     recorded = capture.num_recorded
@@ -75,6 +81,30 @@ def test_an_engine_with_a_capture_records_every_step_that_its_plans_may_take(dep
     assert min(stats.launch_seconds, stats.host_seconds) > 0
     assert not plain.scheduler.stats().launches, "nothing is captured there"
     assert capture.num_recorded == recorded, "a step was captured while requests ran"
+
+
+@pytest.mark.parametrize("mode", [DecodingMode.AUTO, DecodingMode.TIDAR])
+def test_the_plan_follows_what_is_captured_for_the_sampling_of_the_running_requests(mode: DecodingMode) -> None:
+    core, graphs = engine_with_graphs(needs=(GREEDY,))
+    with torch.inference_mode():
+        graphs.prepare(1, [PLAIN], ALL_NEEDS)
+        graphs.prepare(2, [PLAIN], ALL_NEEDS)
+    free = CostTable((1,), ((1, 1000),), ((1.0, 1.0),))
+    policy = GoodputPolicy(Drafting(BLOCK_LENGTH, 2), free, Execution(graphs.sizes))
+    policy._acceptance = Acceptance.known([0.9] * (BLOCK_LENGTH - 1))
+    core.scheduler.planner.use(DecodingMode.AUTO, policy)
+    plain = GenerateRequest("plain", (9,), SamplingParams(60, temperature=0.0, ignore_eos=True), DecodingMode.AUTO)
+    penalised = GenerateRequest("penalised", (9,), replace(plain.sampling, max_tokens=20, frequency_penalty=1.0), mode)
+    plans = []
+    for request in (plain, penalised):
+        core.add(request)
+        core.step()  # admits it, after the plan was chosen
+        core.step()
+        plans.append(policy.shape)
+    while len(core.scheduler.running) > 1:
+        core.step()
+    core.step()
+    assert [*plans, policy.shape] == [PlanShape(BLOCK_LENGTH, 2), AR, PlanShape(BLOCK_LENGTH, 2)]
 
 
 def random_requests(rng: random.Random, count: int, **options: Any) -> list[GenerateRequest]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 
 from engine.core import EngineCore
 from engine.decode.auto import GoodputPolicy
-from engine.decode.goodput import CostTable
+from engine.decode.costs import CostTable
 from engine.decode.policy import Drafting
 from engine.decode.probes import Probe
 from engine.messages import EngineStats, FinishReason, GenerateRequest, GrammarSpec, Thinking, TokenLogprobs
@@ -162,7 +162,7 @@ class _RandomPlans(GoodputPolicy):
         super().__init__(Drafting(block_length, 1), CostTable((1,), ((1,),), ((1.0,),)))
         self.rng = rng
 
-    def begin_step(self, num_requests: int, context: float) -> None:
+    def begin_step(self, num_requests: int, context: float, level: int = 0) -> None:
         self._follow(self.rng.choice(self._shapes))
         self._probes.now = self.rng.choice(list(Probe))
         self._probes._has_drafted = self.rng.random() < 0.5

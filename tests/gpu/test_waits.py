@@ -46,6 +46,16 @@ def test_a_run_with_admissions_prompts_and_every_option_never_waits_for_the_devi
     assert enforce_eager or core.graphs.num_replays > 10
 
 
+def test_once_warm_a_run_takes_no_memory_from_the_driver():
+    """Tensors of a step come from what torch's allocator keeps."""
+    core = bundled_engine(2, 1, 6, dtype="bfloat16", device="cuda", kernels="triton")
+    taken = []
+    for _ in range(2):
+        drive(core, list(mixed_requests()))
+        taken.append(torch.cuda.memory_stats()["num_device_alloc"])
+    assert taken[0] == taken[1]
+
+
 def test_log_probabilities_behind_a_replayed_step_are_those_of_an_uncaptured_one():
     requests = list(mixed_requests(1))
     both = [

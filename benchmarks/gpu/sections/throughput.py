@@ -21,12 +21,13 @@ from benchmarks.gpu.shapes import BLOCK_LENGTH, step_work
 from engine.config import DecodeConfig
 from engine.core import EngineCore
 from engine.cuda_graphs import Capture
-from engine.decode.goodput import Acceptance, PlanShape, expect
+from engine.decode.acceptance import Acceptance
+from engine.decode.goodput import PLAIN, PlanShape, expect
 from engine.decode.policy import Drafting
 from engine.memory import DeviceMemory
 from engine.sampling_params import DecodingMode
 from engine.step import DraftPlan
-from engine.warm_up import PLAIN, plans_of
+from engine.warm_up import plans_of
 
 BATCHES = (1, 8, 32, 256, 128)
 TOKENS_EACH = {1: 384, 8: 384, 32: 256, 128: 160, 256: 128}
@@ -70,8 +71,7 @@ def order(batches: Sequence[int], fixed: Sequence[str]) -> Iterator[tuple[int, s
     yield from ((batch, name) for batch in batches for name in ("ar", "auto"))
     for batch in batches:
         for name in fixed:
-            shape = FIXED[name][1]
-            if batch * (shape.block_length + shape.num_branches * shape.block_length) <= MAX_ROWS:
+            if all(batch * plan.num_rows <= MAX_ROWS for plan in FIXED[name][1].steps(has_anchor=False)):
                 yield batch, name
 
 

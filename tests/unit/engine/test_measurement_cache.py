@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from engine.config import EngineConfig
-from engine.decode.goodput import CostTable
+from engine.decode.costs import CostTable
 from engine.measurement_cache import MeasurementCache
 from kernels.linear.choice import ChoiceTable, LayerShape, Measurement, Tile
 

@@ -8,7 +8,8 @@ import pytest
 
 from engine.config import DecodeConfig
 from engine.decode.auto import GoodputPolicy
-from engine.decode.goodput import AR, CostTable, PlanShape
+from engine.decode.costs import CostTable
+from engine.decode.goodput import AR, PlanShape
 from engine.decode.planner import DraftPlanner
 from engine.decode.policy import (
     Autoregressive,
@@ -130,13 +131,13 @@ def test_the_planner_asks_each_policy_for_its_own_requests() -> None:
     modes = (DecodingMode.LINEAR, DecodingMode.AR, DecodingMode.TIDAR, DecodingMode.LINEAR, DecodingMode.AUTO)
     numbers = np.array([planner.number_of(mode) for mode in modes])
     assert numbers[2] == numbers[4], "auto means the configured policy here"
-    planner.begin_step(np.array([10] * 5))
+    planner.begin_step(np.array([10] * 5), np.zeros(5, dtype=np.int64))
     held, wanted = np.array([1, 1, K, K, 1]), np.array([9, 9, 9, 9, 0])
     expected = [[1, 0, K, 0], [1, 0, 1, 0], [K, 2, K, 0], [K, 0, K, 0], [0, 0, 1, 0]]
     assert planner.plans(numbers, held, wanted).tolist() == expected
     # Whoever is admitted in the same step keeps its phase; those of the next step start anew.
     late = planner.plans(numbers[:1], np.array([1]), np.array([9]))
-    planner.begin_step(np.array([10]))
+    planner.begin_step(np.array([10]), np.array([0]))
     assert (late.tolist(), planner.plans(numbers[:1], np.array([1]), np.array([9])).tolist()) == (
         [[1, 0, K, 0]],
         [[1, 1, K, 0]],

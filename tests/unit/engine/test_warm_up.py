@@ -8,11 +8,14 @@ import pytest
 import torch
 
 from engine import warm_up
+from engine.config import SchedulerConfig
 from engine.cuda_graphs import ALL_NEEDS, GREEDY
+from engine.decode.goodput import Execution
+from engine.decode.policy import Drafting
 from engine.input_batch import SamplingNeeds
 from engine.step import DraftPlan
 from engine.step_sizes import StepSizes
-from engine.warm_up import capture_steps
+from engine.warm_up import capture_steps, follow_goodput
 
 PLANS = [DraftPlan(1, 0, 1), DraftPlan(4, 1, 4)]
 
@@ -23,6 +26,10 @@ class Graphs:
     def __init__(self, most: int = 1 << 20) -> None:
         self.sizes, self.most = StepSizes(8), most
         self.captured: list[tuple[int, int, SamplingNeeds]] = []
+
+    @property
+    def num_captured(self) -> int:
+        return len(self.captured)
 
     def prepare(self, num_requests: int, plans: Iterable[DraftPlan], needs: SamplingNeeds = GREEDY) -> None:
         for plan in plans:
@@ -52,6 +59,32 @@ def test_without_memory_for_large_steps_the_smaller_ones_are_captured() -> None:
     assert said == f"{left_out} of 16 steps are not captured: there is no memory left for them"
     assert {rows for rows, _, _ in graphs.captured} == {1, 2, 4, 8, 16}
     assert left_out == 16 - len(graphs.captured)
+
+
+def test_without_memory_for_any_step_the_plan_is_chosen_for_uncaptured_ones() -> None:
+    timed: list[int] = []
+
+    def timer(num_requests: int, plan: DraftPlan, context: int) -> float:
+        timed.append(num_requests)
+        return 1.0
+
+    graphs = Graphs(most=0)
+    capture(graphs)
+    assert graphs.num_captured == 0
+    limits = SchedulerConfig(max_num_seqs=8)
+    policy = follow_goodput(
+        Drafting(4, 1),
+        timer,
+        timer,
+        graphs,
+        limits,
+        True,
+        10,
+        1000,
+        keep=lambda measure: measure(),  # type: ignore[arg-type]
+    )
+    assert set(timed) == {1, 2, 4, 8}
+    assert policy._execution == Execution(None, True, limits.max_num_batched_tokens)
 
 
 def test_time_runs_from_the_first_step_on_which_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
