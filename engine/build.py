@@ -18,6 +18,7 @@ from engine.decode.measure import step_timer
 from engine.decode.policy import Drafting, default_mode, policies
 from engine.decode.tidar import DecoderSettings, TidarDecoder
 from engine.grammar import GrammarCompiler, tokenizer_loader
+from engine.host_memory import available_memory
 from engine.input_batch import InputBatch, SamplingNeeds
 from engine.kv_cache import KVCache, page_bytes
 from engine.kv_cache_manager import KVCacheManager
@@ -88,7 +89,7 @@ def assemble(
 ) -> EngineCore:
     """Put an engine around a loaded model; tests start here. With a ``capture`` its decode steps are recorded and replayed.
 
-    ``memory``: what the pages have to fit into; None: a CPU's, of which they take a fixed share.
+    ``memory``: what the pages have to fit into; None: what is free of a CPU's.
     """
     block_length, limits = resolve_block_length(config, model.config), config.scheduler
     check(config, block_length)
@@ -192,10 +193,15 @@ def _pages(
     """The pages, as many as there is room for, and who owns them."""
     cache, weight = config.cache, model.embedding
     needs = PageNeeds.of(cache, page_bytes(model.config, cache.page_size, weight.dtype), max_model_len)
-    num_pages = pages_on_cpu(needs, config.scheduler) if budget is None else pages_on_gpu(needs, budget)
-    size = num_pages * needs.page_bytes / 2**30
-    progress(f"allocating {num_pages} KV pages of {cache.page_size} tokens, {size:.2f} GiB")
-    tensors = KVCache(model.config, num_pages, cache.page_size, weight.dtype, weight.device)
+    num_pages = pages_on_cpu(needs, config.scheduler, available_memory()) if budget is None else pages_on_gpu(needs, budget)
+    progress(f"allocating {num_pages} KV pages of {cache.page_size} tokens, {num_pages * needs.page_bytes / GIB:.2f} GiB")
+    try:
+        tensors = KVCache(model.config, num_pages, cache.page_size, weight.dtype, weight.device)
+    except RuntimeError as error:
+        # Somebody else has taken memory since, or the system did not say how much there is.
+        share = "" if budget is None else " or --gpu-memory-utilization"
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"{needs.size_of(num_pages)}, which cannot be had: lower --num-pages{share} ({reason})") from error
     num_sequences = config.scheduler.max_num_seqs
     kv = KVCacheManager(PagePool(num_pages), cache.page_size, num_sequences, cache.enable_prefix_caching)
     return kv, ModelRunner(model, tensors)

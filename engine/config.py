@@ -132,7 +132,7 @@ class ModelConfig:
 
 @dataclass(frozen=True, slots=True)
 class CacheConfig:
-    """The paged KV cache. ``num_pages`` None: sized from free memory on a GPU, from ``max_num_seqs`` on a CPU."""
+    """The paged KV cache. ``num_pages`` None: sized from free memory, on a CPU from ``max_num_seqs`` as well."""
 
     page_size: int = PAGE_SIZE
     num_pages: int | None = None

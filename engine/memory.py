@@ -1,4 +1,4 @@
-"""How many KV pages there are: on a GPU what weights and the largest step leave, on a CPU a fixed share.
+"""How many KV pages there are: on a GPU what weights and the largest step leave, on a CPU a share of what is free.
 
 A GPU's memory holds, in this order: weights, whatever else is there already, what the largest step needs beside its inputs and
 outputs (twice where steps are captured, whose pool is their own), and pages. The largest step is not computed but run.
@@ -21,6 +21,9 @@ from engine.step import NO_DRAFTS, Admission, DraftPlan, ScheduledRequest, StepP
 GIB = 2**30
 CPU_BYTES = 2 * GIB
 """Pages on a CPU take no more than this, unless a number is asked for or one request needs more."""
+
+CPU_SHARE = 0.5
+"""Of the memory that is free on a CPU, what pages may take unless a number is asked for. Steps need memory beside them."""
 
 Launch = Callable[[StepPlan], PendingResult]
 """Puts a step on the device."""
@@ -85,6 +88,11 @@ class PageNeeds:
         """Pages of the longest request."""
         return -(-self.max_model_len // self.page_size)
 
+    def size_of(self, num_pages: int) -> str:
+        """What so many pages take, in words."""
+        each, total = self.page_bytes / 2**20, num_pages * self.page_bytes / GIB
+        return f"{num_pages} KV pages of {self.page_size} tokens ({each:.2f} MiB each) take {total:.2f} GiB"
+
 
 @dataclass(frozen=True, slots=True)
 class GpuBudget:
@@ -137,20 +145,31 @@ def pages_on_gpu(needs: PageNeeds, budget: GpuBudget) -> int:
         )
     num_pages = affordable if needs.wanted is None else needs.wanted
     if num_pages - 1 < needs.per_sequence:
-        most = max(0, num_pages - 1) * needs.page_size
-        shorter = f"lower --max-model-len to {most}, " if most else ""
-        raise ConfigError(f"{_too_few(needs, num_pages)}: {budget}. Ways out: {shorter}{remedies}")
+        raise ConfigError(f"{_too_few(needs, num_pages)}: {budget}. Ways out: {_shorter(needs, num_pages)}{remedies}")
     return num_pages
 
 
-def pages_on_cpu(needs: PageNeeds, limits: SchedulerConfig) -> int:
-    """Pages to allocate: room for as many full-length requests as fit, and never more than can run at once."""
-    num_pages = needs.wanted
-    if num_pages is None:
+def pages_on_cpu(needs: PageNeeds, limits: SchedulerConfig, available: int) -> int:
+    """Pages to allocate, the null page included: room for as many full-length requests as fit, and as can run at once.
+
+    ``available`` bytes are free: a number that is asked for may take all of them, any other a share. Raises ConfigError, with
+    the numbers, when pages do not fit or suffice.
+    """
+    room, free = available // needs.page_bytes, f"{available / GIB:.2f} GiB of memory are free"
+    if needs.wanted is None:
         most = max(needs.per_sequence, CPU_BYTES // needs.page_bytes)
-        num_pages = 1 + min(limits.max_num_seqs * needs.per_sequence, most)
+        num_pages = min(1 + min(limits.max_num_seqs * needs.per_sequence, most), int(room * CPU_SHARE))
+        shorter = _shorter(needs, num_pages)
+        remedy = f"{free}, and pages take {CPU_SHARE:.0%} of it. Ways out: {shorter}free some, or set --num-pages"
+    else:
+        num_pages, remedy = needs.wanted, "lower --max-model-len or raise --num-pages"
+    if num_pages > room:
+        shorter = _shorter(needs, room) if room - 1 < needs.per_sequence else ""
+        raise ConfigError(
+            f"{needs.size_of(num_pages)}, but {free}. Ways out: {shorter}lower --num-pages to {room} or leave it out"
+        )
     if num_pages - 1 < needs.per_sequence:
-        raise ConfigError(f"{_too_few(needs, num_pages)}: lower --max-model-len or raise --num-pages")
+        raise ConfigError(f"{_too_few(needs, num_pages)}: {remedy}")
     return num_pages
 
 
@@ -160,6 +179,12 @@ def _too_few(needs: PageNeeds, num_pages: int) -> str:
         f"({needs.page_bytes / 2**20:.2f} MiB each), but one request of max_model_len {needs.max_model_len} needs "
         f"{needs.per_sequence}"
     )
+
+
+def _shorter(needs: PageNeeds, num_pages: int) -> str:
+    """One of the ways out, where a shorter request would fit into so many pages."""
+    most = max(0, num_pages - 1) * needs.page_size
+    return f"lower --max-model-len to {most}, " if most else ""
 
 
 def largest_steps(plans: Sequence[DraftPlan], max_num_seqs: int, max_rows: int, max_model_len: int) -> Iterator[StepPlan]:

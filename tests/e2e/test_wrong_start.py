@@ -39,11 +39,12 @@ def nothing(folder):
         (lambda f: (f / "config.json").write_text("{"), [], "config.json"),
         (lambda f: edit_config(f, tidar={"block_length": 8, "prediction": "same_position"}), [], "mask_token_id"),
         (nothing, ["--num-pages", "4"], "--num-pages"),
+        (nothing, ["--num-pages", "10000000000"], "GiB of memory are free. Ways out: lower --num-pages to"),
         (nothing, ["--max-model-len", "100000"], "max_model_len"),
         (nothing, ["--device", "tpu"], "device"),
         (nothing, ["--max-num-batched-tokens", "2"], "--max-num-batched-tokens"),
     ],
-    ids=["architecture", "weights", "tokenizer", "json", "tidar", "pool", "length", "device", "budget"],
+    ids=["architecture", "weights", "tokenizer", "json", "tidar", "pool", "memory", "length", "device", "budget"],
 )  # fmt: skip
 def test_a_checkpoint_or_flag_that_cannot_work(tmp_path, damage, flags, expected):
     folder = tmp_path / "model"

@@ -191,6 +191,7 @@ class FakeLimits:
     share_prefixes: bool = True
     guess_rate: float = 0.7
     seed: int = 0
+    max_model_len: int = MAX_MODEL_LEN
 
 
 _INFO = EngineInfo("Fake", 0, 100, MAX_MODEL_LEN, (), 4, None, (), DecodingMode.AUTO, 1, 1, "none", "none")
@@ -201,6 +202,6 @@ def fake_engine(limits: FakeLimits) -> tuple[EngineCore, FakeDevice]:
     kv = KVCacheManager(PagePool(limits.num_pages), limits.page_size, limits.max_num_seqs, limits.share_prefixes)
     table = policies(DecodeConfig(DecodingMode.TIDAR, None, limits.num_branches), limits.block_length, limits.budget)
     config = SchedulerConfig(limits.max_num_seqs, limits.budget, async_depth=limits.depth)
-    scheduler = Scheduler(config, kv, table, (), MAX_MODEL_LEN)
+    scheduler = Scheduler(config, kv, table, (), limits.max_model_len)
     device = FakeDevice(scheduler, limits.depth, random.Random(limits.seed), limits.guess_rate)
     return EngineCore(scheduler, device, device, no_grammars(), _INFO, limits.depth), device  # type: ignore[arg-type]

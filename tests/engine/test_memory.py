@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
+import torch
 
-from engine.config import ConfigError
-from engine.kv_cache import page_bytes
+from engine import build
+from engine.config import ConfigError, ModelConfig
+from engine.kv_cache import KVCache, page_bytes
 from engine.messages import GenerateRequest
 from engine.sampling_params import DecodingMode, SamplingParams
 from tests.engine.driver import drive
@@ -58,3 +61,31 @@ def test_an_engine_that_ran_its_largest_step_serves_like_any_other(mode: Decodin
 def test_a_device_that_is_too_small_is_a_configuration_error() -> None:
     with pytest.raises(ConfigError, match=r"the KV cache has room for 0 pages of 8 tokens .* needs 8: of 0\.01 GiB"):
         tiny_engine(tiny_model("qwen3"), memory=SmallDevice(12_000_000))
+
+
+def test_more_pages_than_there_is_memory_for_are_a_configuration_error() -> None:
+    with pytest.raises(
+        ConfigError, match=r"10000000000 KV pages .* GiB of memory are free\. Ways out: lower --num-pages to \d+"
+    ):
+        tiny_engine(tiny_model("qwen3"), num_pages=10**10)
+
+
+@pytest.mark.parametrize(
+    ("memory", "remedy"), [(None, "--num-pages"), (100_000_000, "--num-pages or --gpu-memory-utilization")]
+)
+def test_pages_that_turn_out_not_to_fit_are_a_configuration_error(
+    memory: int | None, remedy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Cache(KVCache):
+        def __init__(self, config: ModelConfig, num_pages: int, *rest: Any) -> None:
+            if num_pages > 1:  # as many as the largest step needs, which runs before there are others
+                raise torch.OutOfMemoryError("out of memory, says the device\nand more")
+            super().__init__(config, num_pages, *rest)
+
+    monkeypatch.setattr(build, "KVCache", Cache)
+    with pytest.raises(ConfigError) as caught:
+        tiny_engine(tiny_model("qwen3"), num_pages=50, memory=memory and SmallDevice(memory))
+    assert str(caught.value) == (
+        f"50 KV pages of 8 tokens (0.00 MiB each) take 0.00 GiB, which cannot be had: lower {remedy} (out of memory, says the "
+        "device)"
+    )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -104,6 +105,7 @@ def tiny_engine(
     memory: DeviceMemory | None = None,
     grammars: GrammarCompiler | None = None,
     max_model_len: int = MAX_MODEL_LEN,
+    cost_cache: Path | None = None,
     **decode: float,
 ) -> EngineCore:
     """An engine around a model, assembled as the server's is; grammars are for the tiny vocabulary if nothing is said."""
@@ -112,6 +114,7 @@ def tiny_engine(
         cache=CacheConfig(page_size, num_pages, prefix_caching),
         scheduler=SchedulerConfig(max_num_seqs, budget, async_depth=depth),
         decode=DecodeConfig(mode, block_length, num_branches, **decode),
+        cost_cache=cost_cache and str(cost_cache),
     )
     compiler = grammars or TINY.compiler()
     return assemble(config, model, max_model_len, SamplingDefaults(), compiler, capture=capture, memory=memory)

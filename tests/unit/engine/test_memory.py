@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
@@ -90,21 +91,52 @@ def test_a_step_that_does_not_fit_beside_the_weights():
     assert "a step of max_num_batched_tokens 1024 rows does not fit into the 64.00 GiB that the weights leave" in message
 
 
-@pytest.mark.parametrize(("max_num_seqs", "max_model_len", "wanted", "expected"), [
-    (3, 4096, None, 1 + 3 * 64),
-    (1000, 4096, None, 1 + 227),
-    (1000, 40960, None, 1 + 640),
-    (4, 4096, 65, 65),
+@pytest.mark.parametrize(("max_num_seqs", "max_model_len", "wanted", "available", "expected"), [
+    (3, 4096, None, 64 * GIB, 1 + 3 * 64),
+    (1000, 4096, None, 64 * GIB, 1 + 227),
+    (1000, 40960, None, 64 * GIB, 1 + 640),
+    (1000, 4096, None, sys.maxsize, 1 + 227),
+    (1000, 4096, None, 2 * GIB, 113),
+    (4, 4096, 65, 64 * GIB, 65),
+    (4, 4096, 227, 2 * GIB, 227),
 ])  # fmt: skip
-def test_pages_on_a_cpu(max_num_seqs, max_model_len, wanted, expected):
-    """As many as can run at once, 2 GiB, or one request, whichever comes first."""
+def test_pages_on_a_cpu(max_num_seqs, max_model_len, wanted, available, expected):
+    """What can run at once, 2 GiB or one request, and within half of what is free; all of it for a number that is asked for."""
     needs = PageNeeds(64, 9 * MIB, max_model_len, wanted)
-    assert pages_on_cpu(needs, SchedulerConfig(max_num_seqs=max_num_seqs)) == expected
+    assert pages_on_cpu(needs, SchedulerConfig(max_num_seqs=max_num_seqs), available) == expected
 
 
 def test_too_few_wanted_pages_on_a_cpu():
-    message = error_of(lambda: pages_on_cpu(PageNeeds(64, 9 * MIB, 4096, 64), SchedulerConfig()))
-    assert "room for 63 pages of 64 tokens (9.00 MiB each), but one request of max_model_len 4096 needs 64" in message
+    message = error_of(lambda: pages_on_cpu(PageNeeds(64, 9 * MIB, 4096, 64), SchedulerConfig(), 64 * GIB))
+    assert message == (
+        "the KV cache has room for 63 pages of 64 tokens (9.00 MiB each), but one request of max_model_len 4096 needs 64: "
+        "lower --max-model-len or raise --num-pages"
+    )
+
+
+@pytest.mark.parametrize(("available", "ways_out"), [
+    (2 * GIB, "lower --num-pages to 227 or leave it out"),
+    (2**29, "lower --max-model-len to 3520, lower --num-pages to 56 or leave it out"),
+    (0, "lower --num-pages to 0 or leave it out"),
+])  # fmt: skip
+def test_more_wanted_pages_than_a_cpu_has_memory(available, ways_out):
+    message = error_of(lambda: pages_on_cpu(PageNeeds(64, 9 * MIB, 4096, 10**10), SchedulerConfig(), available))
+    assert message == (
+        f"10000000000 KV pages of 64 tokens (9.00 MiB each) take 87890625.00 GiB, but {available / GIB:.2f} GiB of memory are "
+        f"free. Ways out: {ways_out}"
+    )
+
+
+def test_a_cpu_whose_share_is_too_small_for_one_request():
+    needs = PageNeeds(64, 9 * MIB, 4096, None)
+    message = error_of(lambda: pages_on_cpu(needs, SchedulerConfig(), GIB))
+    assert message == (
+        "the KV cache has room for 55 pages of 64 tokens (9.00 MiB each), but one request of max_model_len 4096 needs 64: "
+        "1.00 GiB of memory are free, and pages take 50% of it. Ways out: lower --max-model-len to 3520, free some, or set "
+        "--num-pages"
+    )
+    assert pages_on_cpu(replace(needs, max_model_len=3520), SchedulerConfig(), GIB) == 56, "what the message says works"
+    assert pages_on_cpu(replace(needs, wanted=65), SchedulerConfig(), GIB) == 65, "as does the other way"
 
 
 @pytest.mark.parametrize(
