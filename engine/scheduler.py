@@ -116,10 +116,12 @@ class Scheduler:
         """Plan the next step: running requests oldest first, then waiting ones while rows, slots and pages last."""
         budget, slots_N = self.config.max_num_batched_tokens, self.table.slots
         self.planner.begin_step(self.table.num_tokens_S[slots_N], self.table.level_S[slots_N])
-        # Drafts and branches of running requests neither take the row of another one nor keep a waiting one out of a free slot.
-        kept_back = budget // 4 if self.waiting and self.table.free_slots else 0
+        # Drafts and branches of running requests neither take the row of another one, nor keep a waiting one out of a free
+        # slot, nor have a prompt of thousands of tokens computed by the row.
+        for_prompts = budget // 4
+        kept_back = for_prompts if self.waiting and self.table.free_slots else 0
         num_preemptions = self.counters.num_preemptions
-        shares, updates = self._pages.reserve(self._wanted(slots_N).fit(budget, kept_back))
+        shares, updates = self._pages.reserve(self._wanted(slots_N).fit(budget, kept_back, for_prompts))
         self.table.launch(shares.slots_N, shares.shapes_N6)
         admissions: list[Admission] = []
         if self.waiting and num_preemptions == self.counters.num_preemptions:

@@ -38,27 +38,29 @@ class Shares:
         """The shares of these rows."""
         return Shares(self.slots_N[rows], self.shapes_N6.T[:, rows].T, self.max_computed_N[rows])
 
-    def fit(self, budget: int, kept_back: int) -> Shares:
+    def fit(self, budget: int, kept_back: int, for_prompts: int = 0) -> Shares:
         """Cut the shares to ``budget`` rows in all, at least one for each; leave out those that are empty.
 
-        The requests in front come first, but their drafts and branches take neither the one row of a later request nor the
-        ``kept_back`` ones. Branches are cut before drafts, and all of them before prefill tokens.
+        The requests in front come first, but they take neither the one row of a later request nor the ``kept_back`` ones, and
+        their drafts and branches leave ``for_prompts`` rows to the prefill tokens of later ones, if those want so many.
+        Branches are cut before drafts, and all of them before prefill tokens.
         """
         rows_N = self.num_rows()
         if int(rows_N.sum()) + len(self) + kept_back > budget:
-            self._cut(budget, kept_back)
+            self._cut(budget, kept_back, for_prompts)
             rows_N = self.num_rows()
         return self if rows_N.all() else self.keep(np.flatnonzero(rows_N))
 
-    def _cut(self, budget: int, kept_back: int) -> None:
+    def _cut(self, budget: int, kept_back: int, for_prompts: int) -> None:
         """Cut the shares one after the other."""
-        cut, last = [], len(self) - 1
+        cut, last, behind = [], len(self) - 1, int(self.shapes_N6[:, PREFILL].sum())
         for row, (prefill, drafts, branches, block, anchor, targets) in enumerate(self.shapes_N6.tolist()):
-            limit = max(1, budget - (last - row) - kept_back)
-            chunk = min(prefill, limit)
+            left, behind = budget - (last - row), behind - prefill
+            chunk = min(prefill, max(1, left - kept_back))
             # Drafts stand behind the whole prompt.
-            drafts = min(drafts, limit - chunk)
-            branches = min(branches, (limit - chunk - drafts) // (block + anchor))
+            left = max(1, left - max(kept_back, min(behind, for_prompts))) - chunk
+            drafts = max(0, min(drafts, left))
+            branches = max(0, min(branches, (left - drafts) // (block + anchor)))
             if chunk < prefill or drafts + branches == 0:
                 drafts, branches, block, anchor = 0, 0, 1, 0
             budget -= chunk + drafts + branches * (block + anchor)

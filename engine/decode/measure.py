@@ -136,10 +136,10 @@ def measure_costs(
 
 
 def _apart(plans: dict[int, DraftPlan]) -> dict[int, DraftPlan]:
-    """Of plans by their rows, those that are ``ROWS_APART``."""
+    """Of plans by their rows, those that are ``ROWS_APART``, and the largest, behind which rows count their full price."""
     kept: dict[int, DraftPlan] = {}
     for rows in sorted(plans):
-        if not kept or rows >= ROWS_APART * max(kept):
+        if not kept or rows >= ROWS_APART * max(kept) or rows == max(plans):
             kept[rows] = plans[rows]
     return kept
 

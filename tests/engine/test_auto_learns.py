@@ -65,7 +65,7 @@ def auto_of(core: EngineCore) -> GoodputPolicy:
 @pytest.mark.parametrize(
     ("shared", "step", "row", "expected", "mostly"),
     [
-        (OFTEN, 1.0, 0.0, "tidar-5 of 6", {(6, 5)}),
+        (OFTEN, 1.0, 0.0, "tidar-6 of 6", {(6, 6)}),
         (OFTEN, 0.0, 1.0, "ar", {(1, 0)}),
         (RARELY, 1.0, 0.02, "ar", {(1, 0)}),
         (MOSTLY, 1.0, 0.02, "linear of 6", {(6, 0), (1, 1)}),

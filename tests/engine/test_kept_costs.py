@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from engine.decode.auto import GoodputPolicy
-from engine.decode.goodput import CostTable
+from engine.decode.costs import CostTable
 from engine.sampling_params import DecodingMode
 from tests.engine.priced_steps import PricedSteps
 from tests.engine.tiny import tiny_engine, tiny_model

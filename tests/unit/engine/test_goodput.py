@@ -359,5 +359,6 @@ def test_measuring_times_every_plan_that_fits_and_what_context_adds() -> None:
     costs = measure_costs(timer, 8, powers_of_two(6), max_rows=100, max_context=50, num_tokens=200)
     assert costs.num_requests == (1, 2, 4, 6)
     assert all(row[-1] <= 100 for row in costs.rows)
+    assert costs.rows[0][-1] == 8 + 8 * 8, "the largest plan is timed, however close to it another one is"
     assert costs.cost(3, 40) == pytest.approx(1 + 0.1 * 40)
     assert (costs.per_kv_token, costs.per_row_token) == (pytest.approx(0.01), pytest.approx(0.002))

@@ -11,14 +11,17 @@ from engine.shares import Shares
 Shape = tuple[int, int, int, int, int, int]
 
 
-def scalar_rule(shapes: list[Shape], budget: int, kept_back: int) -> list[Shape]:
-    """Oldest first: at most what is left beyond one row of each later request and the rows that are kept back."""
+def scalar_rule(shapes: list[Shape], budget: int, kept_back: int, for_prompts: int) -> list[Shape]:
+    """Oldest first: at most what is left beyond one row of each later request and the rows that are kept back; drafts and
+    branches leave rows to the prompts behind them, too."""
     cut: list[Shape] = []
     for place, (prefill, drafts, branches, block, anchor, _) in enumerate(shapes):
         limit = max(1, budget - (len(shapes) - place - 1) - kept_back)
         chunk = min(prefill, limit)
-        drafts = min(drafts, limit - chunk) if chunk == prefill else 0
-        branches = min(branches, (limit - chunk - drafts) // (block + anchor)) if chunk == prefill else 0
+        for_later = min(for_prompts, sum(shape[0] for shape in shapes[place + 1 :]))
+        limit = max(1, min(limit, budget - (len(shapes) - place - 1) - for_later))
+        drafts = max(0, min(drafts, limit - chunk)) if chunk == prefill else 0
+        branches = max(0, min(branches, (limit - chunk - drafts) // (block + anchor))) if chunk == prefill else 0
         is_empty = drafts + branches == 0
         cut.append((chunk, drafts, branches, *((1, 0) if is_empty else (block, anchor)), 0))
         budget -= chunk + drafts + branches * (block + anchor)
@@ -41,10 +44,10 @@ def test_shares_are_cut_like_one_request_after_the_other() -> None:
         shapes = [random_shape(rng) for _ in range(rng.randint(1, 9))]
         size = len(shapes)
         budget = size + rng.choice((0, 1, 5, 20, 60, 300))
-        kept_back = rng.choice((0, budget // 4))
+        kept_back, for_prompts = rng.choice((0, budget // 4)), rng.choice((0, budget // 4))
         shares = Shares(np.arange(size), np.array(shapes).reshape(-1, 6), np.arange(size) * 10)
-        fitted = shares.fit(budget, kept_back)
-        expected = scalar_rule(shapes, budget, kept_back)
+        fitted = shares.fit(budget, kept_back, for_prompts)
+        expected = scalar_rule(shapes, budget, kept_back, for_prompts)
         kept = [row for row, (chunk, drafts, branches, *_) in enumerate(expected) if chunk + drafts + branches]
         assert fitted.slots_N.tolist() == kept
         assert [tuple(shape) for shape in fitted.shapes_N6.tolist()] == [expected[row] for row in kept]
