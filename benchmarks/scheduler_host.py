@@ -19,8 +19,10 @@ import numpy as np
 
 from benchmarks.report import finish, table
 from engine.config import DecodeConfig, SchedulerConfig
+from engine.cuda_graphs import ALL_NEEDS
 from engine.decode.auto import GoodputPolicy
 from engine.decode.costs import CostTable
+from engine.decode.goodput import Execution
 from engine.decode.policy import Drafting, policies
 from engine.kv_cache_manager import KVCacheManager
 from engine.messages import GenerateRequest
@@ -28,6 +30,8 @@ from engine.page_pool import PagePool
 from engine.sampling_params import DecodingMode, SamplingParams
 from engine.scheduler import Scheduler
 from engine.step import StepPlan, StepResult
+from engine.step_sizes import StepSizes
+from engine.warm_up import plans_of
 
 MAX_MODEL_LEN, PAGE_SIZE, BLOCK_LENGTH = 16_384, 64, 16
 TARGET_US = 300
@@ -41,7 +45,10 @@ def make_scheduler(num_requests: int, mode: DecodingMode, prompt_tokens: int) ->
     limits = SchedulerConfig(max_num_seqs=num_requests, max_num_batched_tokens=512 * num_requests)
     pages = 1 + num_requests * (MAX_MODEL_LEN // PAGE_SIZE)
     plans = policies(DecodeConfig(mode, None, 1), BLOCK_LENGTH, limits.max_num_batched_tokens)
-    plans[DecodingMode.AUTO] = GoodputPolicy(Drafting(BLOCK_LENGTH, 1), FREE_ROWS)
+    drafting, sizes = Drafting(BLOCK_LENGTH, 1), StepSizes(num_requests)
+    for plan in plans_of([drafting], is_auto=True):
+        sizes.add(sizes.size_of(num_requests, plan), ALL_NEEDS.level)
+    plans[DecodingMode.AUTO] = GoodputPolicy(drafting, FREE_ROWS, Execution(sizes))
     kv = KVCacheManager(PagePool(pages), PAGE_SIZE, num_requests)
     scheduler = Scheduler(limits, kv, plans, (0,), MAX_MODEL_LEN)
     rng = random.Random(0)

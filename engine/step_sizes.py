@@ -9,8 +9,6 @@ from __future__ import annotations
 import bisect
 from typing import NamedTuple
 
-import numpy as np
-
 from engine.step import DraftPlan, IntArray
 
 REQUEST_BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 160, 192, 256, 320, 384, 448, 512)
@@ -59,8 +57,9 @@ class StepSizes:
 
     def covers(self, num_requests: int, plan: DraftPlan, level: int = 0) -> bool:
         """Whether a step of so many requests that all have this plan, with sampling of this level, is replayed."""
-        bounds = np.array([[plan.num_drafts, plan.num_branches, plan.block_length, plan.has_anchor]])
-        return self.find(bounds.repeat(num_requests, axis=0), level) is not None
+        blocks = {(plan.block_length, plan.has_anchor)} if plan.num_branches else set()
+        size = self._smallest(num_requests, plan.num_drafts, plan.num_branches, blocks, level)
+        return size is not None and _is_worth_it(size, num_requests * plan.num_rows)
 
     def find(self, plans_N4: IntArray, level: int = 0) -> StepSize | None:
         """The size in which requests with these plans (fields of ``DraftPlan``) are replayed: that with the fewest rows.
@@ -68,21 +67,29 @@ class StepSizes:
         None where there is none that covers them and their level, or only one that is much larger.
         """
         size = self.covering(plans_N4, level)
-        if size is None:
-            return None
         num_rows = int((plans_N4[:, 0] + plans_N4[:, 1] * (plans_N4[:, 2] + plans_N4[:, 3])).sum())
-        return size if size.num_rows <= max(FREE_ROWS, MOST_PADDING * num_rows) else None
+        return size if size is not None and _is_worth_it(size, num_rows) else None
 
     def covering(self, plans_N4: IntArray, level: int = 0) -> StepSize | None:
         """The size with the fewest rows that has room for these plans, however much of it would be padding."""
-        drafts, branches = int(plans_N4[:, 0].max()), int(plans_N4[:, 1].max())
         run_N2 = plans_N4[plans_N4[:, 1] > 0, 2:]
         if len(run_N2) and (run_N2 == run_N2[0]).all():
             run_N2 = run_N2[:1]  # as mostly: a set of hundreds takes its time
         blocks = {(block, bool(anchor)) for block, anchor in run_N2.tolist()}
-        for size in self._by_places[self.num_places(len(plans_N4))]:
+        return self._smallest(len(plans_N4), int(plans_N4[:, 0].max()), int(plans_N4[:, 1].max()), blocks, level)
+
+    def _smallest(
+        self, num_requests: int, drafts: int, branches: int, blocks: set[tuple[int, bool]], level: int
+    ) -> StepSize | None:
+        """``drafts`` and ``branches`` of a request at most; ``blocks``: lengths and anchors of the branches' blocks."""
+        for size in self._by_places[self.num_places(num_requests)]:
             plan = size.plan
             fits = plan.num_drafts >= drafts and plan.num_branches >= branches and self._level[size] >= level
             if fits and blocks <= {(plan.block_length, plan.has_anchor)}:
                 return size
         return None
+
+
+def _is_worth_it(size: StepSize, num_rows: int) -> bool:
+    """Whether a step of so many rows should be replayed in this size, and not be launched without its padding."""
+    return size.num_rows <= max(FREE_ROWS, MOST_PADDING * num_rows)

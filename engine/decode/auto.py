@@ -41,14 +41,17 @@ class GoodputPolicy:
         """``execution``: how the engine runs steps, as ``configured`` has its anchor."""
         self._costs = costs
         self._execution = Execution(has_anchor=configured.has_anchor) if execution is None else execution
+        first = PlanShape(configured.block_length, configured.num_branches)
         # A drafter whose blocks begin with a copy was trained on whole blocks alone.
-        self._shapes = plan_shapes(configured.block_length, has_short_blocks=not configured.has_anchor)
+        shapes = plan_shapes(configured.block_length, has_short_blocks=not configured.has_anchor)
+        self._shapes = tuple(dict.fromkeys((*shapes, first)))
+        self._runnable: dict[tuple[int, int], list[PlanShape]] = {}
         self._acceptance = Acceptance(configured.block_length)
         self._outcomes: list[tuple[IntArray, IntArray, IntArray, BoolArray]] = []
         self._probes = Probes(configured.block_length, costs, self._execution)
         self._steps, self._chosen_at, self._load, self._level = 0, -STEPS_BETWEEN_CHOICES, 0, 0
         self.expected_by_name: tuple[tuple[str, float], ...] = ()
-        self._follow(PlanShape(configured.block_length, configured.num_branches))
+        self._follow(first)
 
     def _follow(self, shape: PlanShape) -> None:
         self.shape = shape
@@ -70,7 +73,7 @@ class GoodputPolicy:
 
     def _choose(self, num_requests: int, context: float, level: int) -> None:
         self._chosen_at, self._load, self._level = self._steps, num_requests, level
-        shapes = [s for s in dict.fromkeys((*self._shapes, self.shape)) if self._can_run(s, num_requests, level)]
+        shapes = self._candidates(num_requests, level)
         expected = {
             shape: goodput(shape, self._acceptance, self._costs, num_requests, context, self._execution) for shape in shapes
         }
@@ -84,8 +87,13 @@ class GoodputPolicy:
             self._follow(best)
         self._probes.plan(self.shape, expected, num_requests, context)
 
-    def _can_run(self, shape: PlanShape, num_requests: int, level: int) -> bool:
-        return shape == AR or self._execution.can_run(shape, num_requests, level)
+    def _candidates(self, num_requests: int, level: int) -> list[PlanShape]:
+        """The plans to compare: those that so many requests can follow, and ``ar``."""
+        key = num_requests, level
+        if key not in self._runnable:
+            can_run = self._execution.can_run
+            self._runnable[key] = [s for s in self._shapes if s == AR or can_run(s, num_requests, level)]
+        return self._runnable[key]
 
     def observe(self, plans_N4: IntArray, num_drafts_N: IntArray, num_accepted_N: IntArray, is_hit_N: BoolArray) -> None:
         """What became of requests' decode steps: drafts verified and accepted, and whether a branch was hit.

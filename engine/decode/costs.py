@@ -42,11 +42,14 @@ class CostTable:
         return self.cost(places, places * rows_each, context * num_requests / places)
 
     def _base(self, num_requests: int, rows_each: float) -> float:
-        at_each = [
+        after = bisect.bisect_left(self.num_requests, num_requests)
+        near = slice(max(0, after - 1), after + 1)
+        counts = self.num_requests[near]
+        seconds = [
             _interpolate(rows, seconds, rows_each * n)
-            for n, rows, seconds in zip(self.num_requests, self.rows, self.seconds, strict=True)
+            for n, rows, seconds in zip(counts, self.rows[near], self.seconds[near], strict=True)
         ]
-        return _interpolate(self.num_requests, at_each, num_requests)
+        return _interpolate(counts, seconds, num_requests)
 
 
 def _as_tuples(value: Any) -> Any:
