@@ -8,9 +8,9 @@ import numpy as np
 
 from engine.step import BoolArray, IntArray
 
-PRIOR_ACCEPTANCE, PRIOR_WEIGHT = 0.7, 32.0
-"""What is expected of the first guess before anything was measured, and how many outcomes an expectation is worth. That of a
-later guess is what the one before it has given."""
+PRIOR_ACCEPTANCE, FIRST_WEIGHT, PRIOR_WEIGHT = 0.7, 2.0, 32.0
+"""What is expected of the first guess before anything was measured, and how many outcomes that is worth, which is next to
+nothing; a later guess is expected to be like the one before it, which is worth ``PRIOR_WEIGHT`` outcomes."""
 
 MAX_OUTCOMES = 8000.0
 """From here on old outcomes fade."""
@@ -70,8 +70,8 @@ class Acceptance:
         """Chances that exactly ``1 .. num_drafts`` drafts are accepted; a position that was never tried is like the last."""
         chances, survival, rate = [], 1.0, PRIOR_ACCEPTANCE
         for i in range(1, num_drafts):
-            tried, accepted = self._tried[i], self._accepted[i]
-            rate = (accepted + PRIOR_WEIGHT * rate) / (tried + PRIOR_WEIGHT)
+            weight = PRIOR_WEIGHT if i > 1 else FIRST_WEIGHT
+            rate = (self._accepted[i] + weight * rate) / (self._tried[i] + weight)
             chances.append(survival * (1 - rate))
             survival *= rate
         return [*chances, survival]
@@ -84,7 +84,8 @@ class Acceptance:
         """
         at_least = np.cumsum(self.counts(num_drafts)[::-1])[::-1]
         rates, behind = at_least[1:] / at_least[:-1], np.cumsum(at_least[::-1])[::-1]
-        tried = np.array(self._tried[1:num_drafts]) + PRIOR_WEIGHT
+        # What a later guess is expected to be has its own error, so that it is worth nothing here.
+        tried = np.array(self._tried[1:num_drafts]) + FIRST_WEIGHT
         variance = np.sum(behind[1:] ** 2 * (1 - rates) / (rates * tried))
         return float(np.sqrt(variance) / behind[0])
 

@@ -19,7 +19,7 @@ from engine.decode.policy import Drafting, draft_plans
 from engine.step import IntArray
 
 SHARE_OF_TIME = 0.002
-"""What probes may cost, of the tokens that the plan in force gives. They are for acceptance that has changed: a plan about which
+"""What probes may cost, of the tokens that the plan in force gives. They are for acceptance that has changed: a plan of which
 too little is known is tried anyway (``engine.decode.auto.OPTIMISM``)."""
 
 LEAST_STEPS_BETWEEN = 64
