@@ -21,6 +21,9 @@ from server.tokenizer import load_tokenizer
 
 EXACT = ("ar", "linear", "tidar", "auto")
 MODES = (*EXACT, "diffusion")
+AT_ONCE = 8
+"""Options that are in the engine together, each in all modes."""
+
 MAX_VALUE_CHARS = 44
 """Of a value in the table."""
 
@@ -199,22 +202,25 @@ def _rounded(value: Any) -> Any:
 
 
 async def observe(options: Sequence[Option]) -> dict[Option, dict[str, Seen]]:
-    """Every option in every mode, the modes of one option side by side in the engine; and the plain request of each route."""
+    """Every option in every mode, several options and all modes side by side in the engine."""
     config = EngineConfig(
         str(BUNDLED_MODEL), dtype="float64", device="cpu", num_threads=1, decode=DecodeConfig(DecodingMode.TIDAR)
     )
     engine = AsyncEngine(config)
     await engine.start()
-    seen: dict[Option, dict[str, Seen]] = {}
+    turn = asyncio.Semaphore(AT_ONCE)
     try:
         app = create_app(engine, ServerConfig(tool_call_parser=PARSER), load_tokenizer(str(BUNDLED_MODEL)))
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://matrix", timeout=None) as client:
-            for option in options:
-                answers = await asyncio.gather(*(ask(client, option, mode) for mode in MODES))
-                seen[option] = dict(zip(MODES, answers, strict=True))
+
+            async def in_all_modes(option: Option) -> dict[str, Seen]:
+                async with turn:
+                    answers = await asyncio.gather(*(ask(client, option, mode) for mode in MODES))
+                return dict(zip(MODES, answers, strict=True))
+
+            return dict(zip(options, await asyncio.gather(*map(in_all_modes, options)), strict=True))
     finally:
         await engine.shutdown()
-    return seen
 
 
 def row(option: Option, seen: Mapping[str, Seen], plain: Seen) -> str:

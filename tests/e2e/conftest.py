@@ -1,4 +1,4 @@
-"""A real server process on the bundled model, shared by the tests of a module."""
+"""A real server process on the bundled model, shared by all tests."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def serving(*arguments: str):
             process.communicate(timeout=60)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def url():
     with serving("--num-threads", "1") as (_, url):
         yield url

@@ -101,6 +101,9 @@ ROPE_CASES = {
     "all share a head": RopeCase(heads=6, kv_heads=1),
     "odd sizes": RopeCase(heads=10, kv_heads=2, head_dim=20, page=12),
     "head of 4": RopeCase(head_dim=4),
+    "head of 80": RopeCase(rows=5, heads=5, kv_heads=1, head_dim=80),
+    "head of 96": RopeCase(rows=5, heads=2, head_dim=96),
+    "head of 128": RopeCase(rows=5, head_dim=128, page=64),
 }
 
 

@@ -72,7 +72,15 @@ IN_PIECES = {"num_kv_heads": 1, "num_programs": 8, "min_split": 0}
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype"), [("mixed", torch.float32), ("many tiles", torch.float16), ("loose bounds", torch.float32)]
+    ("name", "dtype"),
+    [
+        ("mixed", torch.float32),
+        ("many tiles", torch.float16),
+        ("loose bounds", torch.float32),
+        ("head size 80", torch.float16),
+        ("head size 96", torch.float32),
+        ("head size 128", torch.float16),
+    ],
 )
 def test_triton(name, dtype, device):
     case = build(*GRID[name], dtype).to(dtype, device)
@@ -92,7 +100,13 @@ def test_triton_whole_tiles_and_pieces_are_cut_as_their_names_say(device):
 
 @pytest.mark.parametrize(
     ("seed", "group", "head_dim", "dtype"),
-    [(0, 1, 16, torch.float32), (1, 2, 32, torch.float16), (2, 3, 16, torch.float32), (3, 4, 64, torch.float32)],
+    [
+        (0, 1, 16, torch.float32),
+        (1, 2, 80, torch.float16),
+        (2, 3, 96, torch.float32),
+        (3, 4, 64, torch.float32),
+        (4, 1, 128, torch.float16),
+    ],
 )
 def test_triton_clean_rows_do_not_depend_on_the_step(seed, group, head_dim, dtype, device):
     shape = Shape(group=group, kv_heads=1, head_dim=head_dim, page=64)

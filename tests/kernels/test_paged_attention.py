@@ -62,11 +62,13 @@ def test_reference_ignores_slots_that_hold_no_token(dtype):
 SPLIT = {"num_kv_heads": 1, "num_programs": 8, "min_split": 32}
 """Pieces of a context as short as those of these cases."""
 
+HALF = ("mixed", "one decode row", "head size 80", "head size 96", "head size 128", "page 48", "many tiles")
+"""In float16. The interpreter keeps bfloat16 as integers and multiplies these, so it takes a GPU to see bfloat16."""
+
 
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [(name, torch.float32) for name in GRID]
-    + [(name, torch.float16) for name in ("mixed", "one decode row", "head size 128", "page 48", "many tiles")],
+    [(name, torch.float32) for name in GRID] + [(name, torch.float16) for name in HALF],
 )
 def test_triton(name, dtype, device):
     from kernels.paged_attention import triton
@@ -119,6 +121,24 @@ def test_triton_with_large_key_blocks(tile, page, device):
     for min_split in (64, 2**30):
         settings = AttentionSettings((tile,), min_split=min_split, num_programs=8)
         check(attend(triton, case.poisoned(NAN), num_kv_heads=1, settings=settings), case)
+
+
+def test_triton_over_128k_tokens(device):
+    """In as many pieces as an H100 makes of it with eight key/value heads, which is more than are merged at a time.
+
+    In float32: a key is one of so many that 16 bits would not show the loss of a whole page.
+    """
+    from kernels.paged_attention import triton
+
+    shape = Shape(group=4, kv_heads=1, head_dim=16, page=64)
+    case = build((Request(70, drafts=1), plan(131_067, 2, 1)), shape, torch.float32).to(torch.float32, device)
+    options = {"num_kv_heads": 1, "settings": AttentionSettings((TileSettings(16),), num_programs=48)}
+    (work,) = triton.prepare(case.metadata, shape.page, shape.group, torch.float32, **options).lists
+    assert int(work.merges[0, 4]) > triton._MERGED
+    check(attend(triton, case.poisoned(NAN), **options), case)
+    shorter = replace(case.metadata, prefix_lengths=case.metadata.prefix_lengths - torch.tensor([0, 1], device=device))
+    with pytest.raises(AssertionError, match="not close"):
+        check(attend(reference, replace(case.poisoned(0.0), metadata=shorter)), case)
 
 
 def test_triton_follows_the_device_alone(device):
