@@ -200,7 +200,7 @@ def _pages(
     except RuntimeError as error:
         # Somebody else has taken memory since, or the system did not say how much there is.
         share = "" if budget is None else " or --gpu-memory-utilization"
-        reason = str(error).splitlines()[0]
+        reason = (str(error).splitlines() or ["no reason given"])[0]
         raise ConfigError(f"{needs.size_of(num_pages)}, which cannot be had: lower --num-pages{share} ({reason})") from error
     num_sequences = config.scheduler.max_num_seqs
     kv = KVCacheManager(PagePool(num_pages), cache.page_size, num_sequences, cache.enable_prefix_caching)

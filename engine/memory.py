@@ -164,10 +164,13 @@ def pages_on_cpu(needs: PageNeeds, limits: SchedulerConfig, available: int) -> i
     else:
         num_pages, remedy = needs.wanted, "lower --max-model-len or raise --num-pages"
     if num_pages > room:
-        shorter = _shorter(needs, room) if room - 1 < needs.per_sequence else ""
-        raise ConfigError(
-            f"{needs.size_of(num_pages)}, but {free}. Ways out: {shorter}lower --num-pages to {room} or leave it out"
-        )
+        if room - 1 >= needs.per_sequence:
+            left_out = " or leave it out" if int(room * CPU_SHARE) - 1 >= needs.per_sequence else ""
+            way_out = f"lower --num-pages to {room}{left_out}"
+        else:
+            length = (room - 1) * needs.page_size
+            way_out = f"lower --max-model-len to {length} and --num-pages to {room}" if room > 1 else "free some"
+        raise ConfigError(f"{needs.size_of(num_pages)}, but {free}. Ways out: {way_out}")
     if num_pages - 1 < needs.per_sequence:
         raise ConfigError(f"{_too_few(needs, num_pages)}: {remedy}")
     return num_pages

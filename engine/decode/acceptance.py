@@ -96,7 +96,7 @@ class Acceptance:
         factor is measured, and taken for all numbers of branches alike.
         """
         blind_miss = 1.0 - blind_chance(counts, num_branches)
-        better = (self._misses + ENOUGH_OUTCOMES) / (self._blind_misses + ENOUGH_OUTCOMES)
+        better = (self._misses + PRIOR_WEIGHT) / (self._blind_misses + PRIOR_WEIGHT)
         return 1.0 - blind_miss * min(1.0, better)
 
 

@@ -18,20 +18,20 @@ STEPS_BETWEEN_CHOICES = 16
 
 HYSTERESIS = 1.01
 """Another plan must promise this much more than the one in force, so that noise does not make plans alternate; and every plan
-more than ``ar``, or a small error in what was measured would make it slower than plain decoding."""
+more than ``ar``, so that doubt is not enough to draft once many outcomes are known."""
 
 OPTIMISM = 2.0
-"""A plan promises what is expected of it and so many standard errors more: one of which little is known is tried until it is
-known to be worse. One that bad luck has ruled out would give no more outcomes that show it. (Upper confidence bounds:
-Auer, Cesa-Bianchi and Fischer, 2002.)"""
+"""A plan promises what is expected of it and so many standard errors of its drafts' acceptance more: one of which little is
+known is tried until it is known to be worse, since one that bad luck has ruled out would give no more outcomes that show it
+(upper confidence bounds: Auer, Cesa-Bianchi and Fischer, 2002). Outcomes fade, so that about 1% of optimism stays."""
 
 
 class GoodputPolicy:
     """Chooses one plan for all requests of ``auto``, every few steps and whenever the load has changed.
 
-    Until acceptance is measured the configured plan is in force. The plan never changes what is emitted, so that a choice by
-    the clock is harmless. Drafts that a request holds from a plan with longer blocks are cut to those of the new one: a step
-    of several plans is not one of those that are captured.
+    Until acceptance is measured the configured plan is in force, captured or not. The plan never changes what is emitted, so
+    that a choice by the clock is harmless. Drafts that a request holds from a plan with longer blocks are cut to those of the
+    new one: a step of several plans is not one of those that are captured.
     """
 
     mode: ClassVar[DecodingMode] = DecodingMode.TIDAR

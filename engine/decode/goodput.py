@@ -42,6 +42,7 @@ class PlanShape:
 
 
 AR, PLAIN = PlanShape(1, 0), DraftPlan(1, 0, 1)
+"""Plain decoding, and the plan of a request that decodes so."""
 
 
 def plan_shapes(block_length: int, has_short_blocks: bool = True) -> tuple[PlanShape, ...]:
