@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.report import finish, table
-from engine.cuda_graphs import LEVELS
+from engine.cuda_graphs import ALL_NEEDS
 from engine.decode.acceptance import Acceptance
 from engine.decode.auto import GoodputPolicy
 from engine.decode.costs import CostTable
@@ -233,7 +233,7 @@ def all_captured(block_length: int, most: int, max_rows: int = MAX_ROWS) -> Step
     for num_requests in sizes.buckets:
         for plan in plans_of([Drafting(block_length, 1)], is_auto=True):
             if num_requests * plan.num_rows <= max_rows:
-                sizes.add(sizes.size_of(num_requests, plan), len(LEVELS) - 1)
+                sizes.add(sizes.size_of(num_requests, plan), ALL_NEEDS.level)
     return sizes
 
 

@@ -18,7 +18,7 @@ class EngineCounters:
     """Totals since the engine started. A verifying step with ``n > 1`` is one draft, ``n - 1`` draft tokens.
 
     ``launches``: captured steps that were replayed, and why others were not; see ``StepGraphs``, whose own
-    counter it is and which alone writes it; empty where nothing is captured.
+    counter it is and which counts in it; ``EngineCore`` empties it once, before there are requests.
     """
 
     num_steps: int = 0

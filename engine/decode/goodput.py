@@ -109,8 +109,8 @@ def expect(shape: PlanShape, acceptance: Acceptance, has_anchor: bool = False) -
     hit = 1.0 if shape.num_branches >= shape.block_length else acceptance.chance_of_hit(counts, shape.num_branches)
     holding = 1.0 / (2.0 - hit) if shape.num_branches else 0.5
     tokens = sum(count * chance for count, chance in enumerate(counts, start=1))
-    redraft = DraftPlan(1, 1, shape.block_length, has_anchor)
-    return Expected(holding * tokens + (1 - holding), holding, shape.plan(has_anchor).num_rows, redraft.num_rows)
+    held, redraft = shape.steps(has_anchor)
+    return Expected(holding * tokens + (1 - holding), holding, held.num_rows, redraft.num_rows)
 
 
 def kinds_of_steps(expected: Expected, shape: PlanShape, num_requests: int, execution: Execution) -> list[tuple[float, float]]:

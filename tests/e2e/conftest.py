@@ -1,4 +1,4 @@
-"""A real server process on the bundled model, shared by all tests."""
+"""A real server process on the bundled model, shared by the tests of a process."""
 
 from __future__ import annotations
 
