@@ -23,7 +23,7 @@ CPU_BYTES = 2 * GIB
 """Pages on a CPU take no more than this, unless a number is asked for or one request needs more."""
 
 CPU_SHARE = 0.5
-"""Of the memory that is free on a CPU, what pages may take unless a number is asked for (a guess). Steps need some beside them."""
+"""Of the memory that is free on a CPU, what pages may take unless a number is asked for: a guess at what steps leave."""
 
 Launch = Callable[[StepPlan], PendingResult]
 """Puts a step on the device."""
